@@ -1,0 +1,1 @@
+"""Pictures and their concepts, one source a file."""

@@ -1,0 +1,1 @@
+"""Where a concept was read from, and what follows from it."""

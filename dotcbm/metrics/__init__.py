@@ -1,0 +1,1 @@
+"""Numbers: a plain function and a torchmetrics class for each."""

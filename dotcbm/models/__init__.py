@@ -1,0 +1,1 @@
+"""Bottlenecks: plain modules from patch features to concepts and classes, one a file."""

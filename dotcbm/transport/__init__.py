@@ -1,0 +1,1 @@
+"""Patches onto concepts by entropic optimal transport."""
