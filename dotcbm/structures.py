@@ -14,7 +14,7 @@ bottom right one. So a point stays right when the picture is resized.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ __all__ = [
 ]
 
 ResizeMode = Literal["squash", "crop"]
-_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,8 @@ class ConceptSet:
         known = self.class_concept_KM[~self.class_concept_KM.isnan()]
         if known.numel() and (known.min() < 0 or known.max() > 1):
             raise ValueError(
-                f"class_concept_KM holds values from {known.min():g} to {known.max():g}; they must lie in [0, 1] (divide percentages by 100)"
+                f"class_concept_KM holds values from {known.min():g} to {known.max():g}; they must lie in [0, 1] "
+                "(divide percentages by 100)"
             )
         if self.groups is not None and len(self.groups) != m:
             raise ValueError(f"{len(self.groups)} groups for {m} concepts; give one group name for each concept")
@@ -130,7 +130,8 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
         """The inverse of `to_dict`."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**known)
 
 
 @dataclass(frozen=True)
@@ -290,21 +291,16 @@ class ConceptOutput:
 
     def detach(self) -> ConceptOutput:
         """The same, cut from the graph."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return ConceptOutput(
-            **{
-                k: v.detach() if isinstance(v, Tensor) else {n: t.detach() for n, t in v.items()} if isinstance(v, dict) else v
-                for k, v in values.items()
-            }
-        )
+        cut: dict[str, Any] = {f.name: v.detach() for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **cut, losses={name: loss.detach() for name, loss in self.losses.items()})
 
 
-def _moved(record: _Record, device: torch.device | str) -> _Record:
+def _moved(record: Any, device: torch.device | str) -> Any:
     changes: dict[str, Any] = {}
-    for f in fields(record):  # pyright: ignore[reportArgumentType]
+    for f in fields(record):
         value = getattr(record, f.name)
         if isinstance(value, Tensor | PatchFeatures):
             changes[f.name] = value.to(device)
         elif isinstance(value, dict):
             changes[f.name] = {k: v.to(device) for k, v in value.items()}
-    return replace(record, **changes)  # pyright: ignore[reportType]
+    return replace(record, **changes)
