@@ -1,0 +1,18 @@
+"""Fixtures for all tests, and the rule that tests on real data must run where the data is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(os.environ.get("DOTCBM_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real pictures (data/) and pretrained weights (weights/)."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"no shared data at {SHARED}; set DOTCBM_SHARED to the folder that holds data/ and weights/")
+    return SHARED
