@@ -142,15 +142,22 @@ class PatchFeatures:
         patch_BND: (B, N, D) patch tokens, row by row from the top left.
         global_BD: (B, D_g) the global token (CLS, or the pooled patches where there is none).
         grid: (grid_h, grid_w) with grid_h * grid_w = N.
+        saliency_BN: (B, N) saliency from outside (a mask or a map averaged onto the grid), or None.
     """
 
     patch_BND: Tensor
     global_BD: Tensor
     grid: tuple[int, int]
+    saliency_BN: Tensor | None = None
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PatchFeatures:
         """The same on another device or in another precision."""
-        return replace(self, patch_BND=self.patch_BND.to(device, dtype), global_BD=self.global_BD.to(device, dtype))
+        return replace(
+            self,
+            patch_BND=self.patch_BND.to(device, dtype),
+            global_BD=self.global_BD.to(device, dtype),
+            saliency_BN=None if self.saliency_BN is None else self.saliency_BN.to(device, dtype),
+        )
 
 
 class PatchEncoder(Protocol):

@@ -19,7 +19,7 @@ class Bottleneck(nn.Module, ABC):
     that a saved model can be built again by `type(bottleneck)(problem, **bottleneck.settings)`.
     """
 
-    head: nn.Module
+    head: nn.Linear
 
     def __init__(self, problem: Problem, *, settings: dict[str, Any]) -> None:
         super().__init__()
@@ -30,6 +30,7 @@ class Bottleneck(nn.Module, ABC):
     def forward(self, features: PatchFeatures) -> ConceptOutput:
         """Concepts and classes of a batch of features."""
 
-    def head_input(self, output: ConceptOutput) -> Tensor:
-        """(B, F) what the class head reads; the concept probabilities unless a bottleneck says otherwise."""
+    def head_input(self, features: PatchFeatures, output: ConceptOutput) -> Tensor:
+        """(B, F) what the class head reads: the concept probabilities, unless a bottleneck says otherwise."""
+        del features
         return output.concept_BM

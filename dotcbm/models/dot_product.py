@@ -1,0 +1,112 @@
+"""The dot-product head: adapted patches against adapted concepts, pooled over the picture.
+
+The honest baseline of DOT-CBM's ablation: the same adapters and readouts, with a pooling where DOT-CBM has a transport plan.
+
+    mean      weight_ij = 1 / N
+    max       weight_ij = 1 at the patch with the largest cosine, 0 elsewhere
+    softmax   weight_ij = softmax_i(cos_ij / temperature)
+
+Every concept looks for its patches alone: nothing makes concepts compete for patches, and no patch has to be explained.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dotcbm.losses import OrthogonalityForm, orthogonality
+from dotcbm.models.adapters import AdapterKind, make_adapter
+from dotcbm.models.base import Bottleneck
+from dotcbm.models.concept_embedding import ConceptEmbedding
+from dotcbm.models.readout import Readout, ReadoutKind, ValueOn
+from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
+from dotcbm.transport.cost import cosine_similarity
+
+__all__ = ["DotProduct", "Pooling"]
+
+Pooling = Literal["mean", "max", "softmax"]
+
+
+class DotProduct(Bottleneck):
+    """Cosines of patches and concepts, pooled over the patches."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        pooling: Pooling = "max",
+        temperature: float = 0.05,
+        dim: int = 256,
+        adapter: AdapterKind = "mlp",
+        dropout: float = 0.4,
+        readout: ReadoutKind = "cosine",
+        value_on: ValueOn = "encoder",
+        orthogonality_form: OrthogonalityForm = "squared",
+    ) -> None:
+        """Args:
+        problem: What the data and the encoder fix.
+        pooling: See the head of this file.
+        temperature: Of the softmax pooling, on cosines.
+        dim: Width D of the shared space.
+        adapter: See `make_adapter`.
+        dropout: In the adapters.
+        readout: See `dotcbm.models.readout`.
+        value_on: What the value readout reads: the encoder's features or the adapted ones.
+        orthogonality_form: See `dotcbm.losses.orthogonality`.
+        """
+        super().__init__(
+            problem,
+            settings={
+                "pooling": pooling,
+                "temperature": temperature,
+                "dim": dim,
+                "adapter": adapter,
+                "dropout": dropout,
+                "readout": readout,
+                "value_on": value_on,
+                "orthogonality_form": orthogonality_form,
+            },
+        )
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.pooling: Pooling = pooling
+        self.temperature = temperature
+        self.value_on: ValueOn = value_on
+        self.orthogonality_form: OrthogonalityForm = orthogonality_form
+        self.patch_adapter = make_adapter(adapter, width_in=problem.patch_width, width_out=dim, dropout=dropout)
+        self.concept = ConceptEmbedding(problem, dim=dim, adapter=adapter, dropout=dropout)
+        num_concepts = problem.concepts.num_concepts
+        self.readout = Readout(readout, num_concepts=num_concepts, width=problem.patch_width if value_on == "encoder" else dim)
+        self.head = nn.Linear(num_concepts, problem.concepts.num_classes)
+
+    def pool_weights(self, cosine_BNM: Tensor) -> Tensor:
+        """(B, N, M) weights that sum to 1 over the patches."""
+        if self.pooling == "mean":
+            return torch.full_like(cosine_BNM, 1 / cosine_BNM.shape[1])
+        if self.pooling == "softmax":
+            return (cosine_BNM / self.temperature).softmax(1)
+        return torch.zeros_like(cosine_BNM).scatter(1, cosine_BNM.argmax(1, keepdim=True), 1.0)
+
+    def forward(self, features: PatchFeatures) -> ConceptOutput:
+        """See `Bottleneck.forward`."""
+        patch_BND = features.patch_BND.to(self.head.weight.dtype)
+        adapted_BND = self.patch_adapter(patch_BND)
+        concept_MD = self.concept()
+        cosine_BNM = cosine_similarity(adapted_BND, concept_MD)
+        logit_BM, evidence_BNM = self.readout(
+            self.pool_weights(cosine_BNM), cosine_BNM=cosine_BNM, feature_BND=patch_BND if self.value_on == "encoder" else adapted_BND
+        )
+        return ConceptOutput(
+            concept_logit_BM=logit_BM,
+            class_logit_BK=self.head(logit_BM.sigmoid()),
+            grid=features.grid,
+            evidence_BNM=evidence_BNM,
+            losses={
+                "vop": orthogonality(adapted_BND, form=self.orthogonality_form),
+                "top": orthogonality(concept_MD, form=self.orthogonality_form),
+            }
+            if self.training
+            else {},
+        )

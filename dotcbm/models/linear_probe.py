@@ -1,0 +1,38 @@
+"""The black box: a linear classifier on the pooled features (Alain and Bengio 2016), without concepts.
+
+It is the yardstick of class accuracy. Its concept logits are all zero (probability one half): it knows no concept.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dotcbm.models.base import Bottleneck
+from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
+
+__all__ = ["LinearProbe"]
+
+
+class LinearProbe(Bottleneck):
+    """Linear classes on the encoder's global token."""
+
+    def __init__(self, problem: Problem) -> None:
+        """Args:
+        problem: What the data and the encoder fix.
+        """
+        super().__init__(problem, settings={})
+        self.head = nn.Linear(problem.global_width, problem.concepts.num_classes)
+
+    def forward(self, features: PatchFeatures) -> ConceptOutput:
+        """See `Bottleneck.forward`."""
+        pooled = features.global_BD.to(self.head.weight.dtype)
+        return ConceptOutput(
+            concept_logit_BM=pooled.new_zeros(len(pooled), self.problem.concepts.num_concepts),
+            class_logit_BK=self.head(pooled),
+            grid=features.grid,
+        )
+
+    def head_input(self, features: PatchFeatures, output: ConceptOutput) -> Tensor:
+        """(B, D_g) the global token."""
+        del output
+        return features.global_BD.to(self.head.weight.dtype)
