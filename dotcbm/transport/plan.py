@@ -1,0 +1,46 @@
+"""What a solver returns, and how far it is from the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["TransportPlan", "column_target", "safe_log"]
+
+
+@dataclass(frozen=True)
+class TransportPlan:
+    """The plans of a batch of pictures: plan = exp(log_u + log_v - cost / eps).
+
+    Attributes:
+        plan_BNM: (B, N, M) mass that patch i sends to concept j.
+        log_u_BN: (B, N) scaled potential of the patches, f / eps; -inf where theta is zero.
+        log_v_BM: (B, M) scaled potential of the concepts, g / eps; -inf where gamma is zero.
+        residual_B: (B,) L1 distance of the plan's marginals from what they must be, without gradient. On a relaxed side
+            a marginal must be what the potentials prescribe (see `dotcbm.transport.sinkhorn.sinkhorn`).
+        num_iter: Updates of the concept potential that were made, the same for the whole batch.
+    """
+
+    plan_BNM: Tensor
+    log_u_BN: Tensor
+    log_v_BM: Tensor
+    residual_B: Tensor
+    num_iter: int
+
+
+def safe_log(mass: Tensor) -> Tensor:
+    """log(mass), and 0 with zero gradient where mass is 0: such entries are masked out by whoever uses it."""
+    present = mass > 0
+    return mass.where(present, mass.new_ones(())).log()
+
+
+def column_target(marginal: Tensor, *, scaled_potential: Tensor, eps: float, relax: float | None) -> Tensor:
+    """What a side of the plan must sum to at the optimum, given that side's potential without its log marginal.
+
+    A balanced side must meet its marginal; a relaxed side marginal * exp(-potential / relax), the stationarity of the
+    Kullback-Leibler penalty (Chizat et al. 2018, "Scaling algorithms for unbalanced optimal transport problems").
+    """
+    if relax is None:
+        return marginal
+    return marginal * (scaled_potential * (-eps / relax)).exp()
