@@ -1,1 +1,1 @@
-"""Numbers: a plain function and a torchmetrics class for each."""
+"""Numbers about concepts, classes and places: plain functions here, torchmetrics classes in `dotcbm.metrics.accumulators`."""
