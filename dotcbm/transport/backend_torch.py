@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dotcbm.transport.plan import TransportPlan, column_target, safe_log
+from dotcbm.transport.plan import TransportPlan, safe_log, side_target
 
 __all__ = ["solve_torch"]
 
@@ -49,7 +49,7 @@ def _balanced(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, *, eps: floa
     v_BM = log_gamma_BM - torch.logsumexp(start_BN.unsqueeze(2) + kernel_BNM, dim=1)
     num_iter = 1
     while True:
-        # exp is finite-differenced nowhere: softmax's backward needs its output only, one (B, N, M) tensor an iteration.
+        # softmax's backward needs its output only: the graph holds one (B, N, M) tensor an iteration.
         S_BNM = torch.softmax((v_BM + absent_BM).unsqueeze(1) + kernel_BNM, dim=2)
         c_BM = torch.bmm(theta_BN.unsqueeze(1), S_BNM).squeeze(1)
         if num_iter == max_iter or (tol is not None and _below(tol, c_BM, gamma_BM)):
@@ -87,23 +87,23 @@ def _relaxed(
     power_v = 1.0 if relax_concept is None else relax_concept / (relax_concept + eps)
 
     f_BN = torch.zeros_like(theta_BN)
-    for num_iter in range(1, max_iter + 1):
+    num_iter = 0
+    while True:
         g_BM = -power_v * torch.logsumexp((log_theta_BN + f_BN).unsqueeze(2) + kernel_BNM, dim=1)
         f_BN = -power_u * torch.logsumexp((log_gamma_BM + g_BM).unsqueeze(1) + kernel_BNM, dim=2)
-        last = num_iter == max_iter
-        if tol is None and not last:
+        num_iter += 1
+        if tol is None and num_iter < max_iter:
             continue
         plan_BNM = ((log_theta_BN + f_BN).unsqueeze(2) + (log_gamma_BM + g_BM).unsqueeze(1) + kernel_BNM).exp()
-        target_BM = column_target(gamma_BM, scaled_potential=g_BM, eps=eps, relax=relax_concept)
-        if last or (tol is not None and _below(tol, plan_BNM.sum(1), target_BM)):
-            break
-    return TransportPlan(
-        plan_BNM=plan_BNM,
-        log_u_BN=log_theta_BN + f_BN,
-        log_v_BM=log_gamma_BM + g_BM,
-        residual_B=(plan_BNM.sum(1) - target_BM).detach().abs().sum(1),
-        num_iter=num_iter,
-    )
+        target_BM = side_target(gamma_BM, scaled_potential=g_BM, eps=eps, relax=relax_concept)
+        if num_iter == max_iter or (tol is not None and _below(tol, plan_BNM.sum(1), target_BM)):
+            return TransportPlan(
+                plan_BNM=plan_BNM,
+                log_u_BN=log_theta_BN + f_BN,
+                log_v_BM=log_gamma_BM + g_BM,
+                residual_B=(plan_BNM.sum(1) - target_BM).detach().abs().sum(1),
+                num_iter=num_iter,
+            )
 
 
 def _split_zeros(mass: Tensor) -> tuple[Tensor, Tensor]:

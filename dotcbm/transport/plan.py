@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["TransportPlan", "column_target", "safe_log"]
+__all__ = ["TransportPlan", "safe_log", "side_target"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def safe_log(mass: Tensor) -> Tensor:
     return mass.where(present, mass.new_ones(())).log()
 
 
-def column_target(marginal: Tensor, *, scaled_potential: Tensor, eps: float, relax: float | None) -> Tensor:
+def side_target(marginal: Tensor, *, scaled_potential: Tensor, eps: float, relax: float | None) -> Tensor:
     """What a side of the plan must sum to at the optimum, given that side's potential without its log marginal.
 
     A balanced side must meet its marginal; a relaxed side marginal * exp(-potential / relax), the stationarity of the
