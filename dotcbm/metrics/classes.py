@@ -8,7 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["accuracy", "balanced_accuracy", "calibration_error", "class_recall", "group_accuracy", "worst_group_accuracy"]
+__all__ = [
+    "accuracy",
+    "balanced_accuracy",
+    "calibration_bins",
+    "calibration_error",
+    "class_recall",
+    "group_accuracy",
+    "predicted_correctly",
+    "worst_group_accuracy",
+]
 
 
 def accuracy(score_NK: Tensor, label_N: Tensor) -> Tensor:
@@ -17,7 +26,7 @@ def accuracy(score_NK: Tensor, label_N: Tensor) -> Tensor:
     Raises:
         ValueError: Shapes do not fit, a label is out of range, a score is NaN, or there is no picture.
     """
-    return _correct(score_NK, label_N).double().mean()
+    return predicted_correctly(score_NK, label_N).double().mean()
 
 
 def class_recall(score_NK: Tensor, label_N: Tensor) -> Tensor:
@@ -42,7 +51,7 @@ def group_accuracy(score_NK: Tensor, label_N: Tensor, *, group_N: Tensor, num_gr
     Raises:
         ValueError: As `accuracy`, or a group out of range.
     """
-    correct_N = _correct(score_NK, label_N)
+    correct_N = predicted_correctly(score_NK, label_N)
     group_N = group_N.to(correct_N.device)
     if group_N.shape != label_N.shape:
         raise ValueError(f"{tuple(group_N.shape)} groups for {tuple(label_N.shape)} labels; give one group number for each picture")
@@ -76,18 +85,22 @@ def calibration_error(probability_NK: Tensor, label_N: Tensor, *, num_bins: int 
     Raises:
         ValueError: As `accuracy`, or rows that are no probabilities.
     """
-    correct_N = _correct(probability_NK, label_N).double()
+    return calibration_bins(probability_NK, label_N, num_bins=num_bins).abs().sum() / len(label_N)
+
+
+def calibration_bins(probability_NK: Tensor, label_N: Tensor, *, num_bins: int = 15) -> Tensor:
+    """(bins,) float64: sum of (correct - confidence) over the pictures of each confidence bin; adds up over batches."""
+    correct_N = predicted_correctly(probability_NK, label_N).double()
     if probability_NK.min() < 0 or not torch.allclose(probability_NK.double().sum(1), correct_N.new_ones(()), atol=1e-2):
         raise ValueError("calibration_error needs class probabilities, but rows are negative or do not sum to 1; apply a softmax first")
     confidence_N = probability_NK.max(1).values.double()
     inner = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device=confidence_N.device)[1:-1]
     bin_N = torch.bucketize(confidence_N, inner, right=False)  # right=False puts a value on a border into the bin below it
-    gap_S = torch.bincount(bin_N, weights=correct_N - confidence_N, minlength=num_bins)
-    return gap_S.abs().sum() / len(label_N)
+    return torch.bincount(bin_N, weights=correct_N - confidence_N, minlength=num_bins)
 
 
-def _correct(score_NK: Tensor, label_N: Tensor) -> Tensor:
-    """(N,) bool."""
+def predicted_correctly(score_NK: Tensor, label_N: Tensor) -> Tensor:
+    """(N,) bool: whether the highest score of each picture is its label's."""
     if score_NK.ndim != 2 or label_N.shape != score_NK.shape[:1]:
         raise ValueError(
             f"scores have shape {tuple(score_NK.shape)} and labels {tuple(label_N.shape)}; they must be (pictures, classes) and (pictures,)"

@@ -14,6 +14,7 @@ __all__ = [
     "concept_average_precision",
     "concept_error",
     "concept_f1",
+    "count_errors",
     "macro_auroc",
     "macro_average",
     "macro_average_precision",
@@ -74,9 +75,15 @@ def concept_error(probability_NM: Tensor, target_NM: Tensor, *, threshold: float
     Raises:
         ValueError: As `concept_auroc`.
     """
+    wrong_M, known_M = count_errors(probability_NM, target_NM, threshold=threshold)
+    return wrong_M.double() / _nan_for_zero(known_M.double())
+
+
+def count_errors(probability_NM: Tensor, target_NM: Tensor, *, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
+    """(M,) and (M,) long: how many known labels `probability > threshold` gets wrong, and how many are known."""
     probability_MN, known_MN, positive_MN = _columns(probability_NM, target_NM)
     wrong_MN = ((probability_MN > threshold) != positive_MN) & known_MN
-    return wrong_MN.sum(1).double() / _nan_for_zero(known_MN.sum(1).double())
+    return wrong_MN.sum(1), known_MN.sum(1)
 
 
 def all_negative_error(target_NM: Tensor) -> Tensor:
