@@ -1,0 +1,174 @@
+"""Pictures to patches and a global token, by any timm or open_clip model.
+
+>>> encoder = ImageEncoder("timm/test_vit", pretrained=False)
+>>> encoder.grid, encoder.width, encoder.preprocessing.size
+((10, 10), 64, (160, 160))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dotcbm.encoders.timm_tower import timm_from_blueprint, timm_from_directory, timm_from_name
+from dotcbm.encoders.tower import Tower
+from dotcbm.encoders.weights import MissingWeightsError
+from dotcbm.structures import PatchFeatures, Preprocessing, ResizeMode
+
+__all__ = ["ImageEncoder", "MissingWeightsError"]
+
+
+class ImageEncoder(nn.Module):
+    """A frozen (or trainable) image tower with its preprocessing.
+
+    Attributes:
+        name: As given.
+        preprocessing: What its input must have gone through (`dotcbm.data.transforms.prepare_picture` does it).
+        grid: (grid_h, grid_w) of the patches.
+        width: D of the patches.
+        global_width: D of the global token.
+        trainable: Whether its weights learn.
+        settings: The arguments it was built with, as JSON values.
+        blueprint: JSON values that describe the architecture without its weights. `ImageEncoder(**settings,
+            blueprint=blueprint)` builds it again on a machine that has neither the folder nor the cache that the weights
+            came from; `load_state_dict` then brings the weights.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        image_size: int | None = None,
+        resize: ResizeMode = "squash",
+        layer: int | None = None,
+        pretrained: bool = True,
+        allow_download: bool = False,
+        trainable: bool = False,
+        blueprint: dict[str, Any] | None = None,
+    ) -> None:
+        """Args:
+        name: "timm/<model>[.tag]", "open_clip/<arch>[@tag]", or "local-dir:<path>" of a folder in timm's format
+            (config.json, model.safetensors) or open_clip's (open_clip_config.json, open_clip_model.safetensors).
+        image_size: Side of the input in pixels; None takes the model's own. Position embeddings are resampled.
+        resize: "squash" shows the encoder the whole picture; "crop" the part that the model was evaluated on.
+        layer: None for the last features; else an intermediate block or stage, from 0 or, negative, from the end.
+        pretrained: Load weights; else they are drawn from torch's global generator (seed it first).
+        allow_download: Fetch weights that are in no local cache. Without it no connection is opened.
+        trainable: Let the weights learn. Otherwise they need no gradients, and the encoder stays in eval mode
+            whatever mode its parent is in, so that batch statistics and dropout stay as they are.
+        blueprint: Build this architecture with random weights and read no file; see above.
+
+        Raises:
+            ValueError: An unknown name (with near matches), a size or layer that the model does not have, or a damaged folder.
+            MissingWeightsError: Weights that are not on this machine.
+        """
+        super().__init__()
+        if resize not in ("squash", "crop"):
+            raise ValueError(f"resize is {resize!r}; it must be 'squash' or 'crop'")
+        if image_size is not None and image_size < 1:
+            raise ValueError(f"image_size is {image_size}; it must be a positive number of pixels")
+        self.name = name
+        self.trainable = trainable
+        self.settings: dict[str, Any] = {
+            "name": name,
+            "image_size": image_size,
+            "resize": resize,
+            "layer": layer,
+            "pretrained": pretrained,
+            "allow_download": allow_download,
+            "trainable": trainable,
+        }
+        if blueprint is not None:
+            tower = _from_blueprint(blueprint, layer=layer)
+        else:
+            tower = _from_name(name, image_size=image_size, layer=layer, pretrained=pretrained, allow_download=allow_download)
+        self.blueprint = tower.blueprint
+        self.preprocessing: Preprocessing = tower.preprocessing
+        if resize == "squash":
+            self.preprocessing = replace(tower.preprocessing, resize="squash", crop_fraction=1.0)
+        self.tower = tower.module
+        self.requires_grad_(trainable)
+        self.grid, self.width, self.global_width = self._probe()
+        self.train(trainable)
+
+    def forward(self, image_B3HW: Tensor) -> PatchFeatures:
+        """Patches and global token of prepared pictures.
+
+        A frozen encoder still passes gradients to its input, if that asks for them, for attribution.
+
+        Args:
+            image_B3HW: (B, 3, h, w) float, normalised, of the size in `preprocessing`.
+
+        Raises:
+            ValueError: Pictures of another shape.
+        """
+        if tuple(image_B3HW.shape[1:]) != (3, *self.preprocessing.size):
+            height, width = self.preprocessing.size
+            raise ValueError(
+                f"{self.name} reads pictures of shape (B, 3, {height}, {width}), got {tuple(image_B3HW.shape)}; "
+                "prepare them with its preprocessing"
+            )
+        return self.tower(image_B3HW)
+
+    def train(self, mode: bool = True) -> ImageEncoder:
+        """Training mode, which a frozen encoder never enters."""
+        super().train(mode and self.trainable)
+        return self
+
+    def fingerprint(self) -> str:
+        """A sha256 over architecture, layer, preprocessing and every weight; not over the name or the folder they came from."""
+        digest = hashlib.sha256()
+        told = {
+            "blueprint": {key: value for key, value in self.blueprint.items() if key != "preprocessing"},
+            "layer": self.settings["layer"],
+            "preprocessing": self.preprocessing.to_dict(),
+        }
+        digest.update(json.dumps(told, sort_keys=True).encode())
+        for key, value in sorted(self.tower.state_dict().items()):
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _probe(self) -> tuple[tuple[int, int], int, int]:
+        height, width = self.preprocessing.size
+        self.tower.eval()
+        try:
+            with torch.no_grad():
+                features: PatchFeatures = self.tower(torch.zeros(1, 3, height, width))
+        except (AssertionError, RuntimeError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"{self.name} cannot read pictures of {height} x {width} pixels at layer {self.settings['layer']}: {error}"
+            ) from error
+        return features.grid, features.patch_BND.shape[2], features.global_BD.shape[1]
+
+
+def _from_name(name: str, *, image_size: int | None, layer: int | None, pretrained: bool, allow_download: bool) -> Tower:
+    if name.startswith("local-dir:"):
+        directory = Path(name.removeprefix("local-dir:")).expanduser()
+        if (directory / "open_clip_config.json").is_file():
+            from dotcbm.encoders.clip_tower import clip_from_directory
+
+            return clip_from_directory(directory, image_size=image_size, layer=layer, pretrained=pretrained)
+        return timm_from_directory(directory, image_size=image_size, layer=layer, pretrained=pretrained)
+    library, _, model = name.partition("/")
+    if library == "timm" and model:
+        return timm_from_name(model, image_size=image_size, layer=layer, pretrained=pretrained, allow_download=allow_download)
+    if library == "open_clip" and model:
+        from dotcbm.encoders.clip_tower import clip_from_name
+
+        return clip_from_name(model, image_size=image_size, layer=layer, pretrained=pretrained, allow_download=allow_download)
+    raise ValueError(f"no encoder is called {name!r}; names are timm/<model>[.tag], open_clip/<arch>[@tag] or local-dir:<path>")
+
+
+def _from_blueprint(blueprint: dict[str, Any], *, layer: int | None) -> Tower:
+    if blueprint.get("library") == "open_clip":
+        from dotcbm.encoders.clip_tower import clip_from_blueprint
+
+        return clip_from_blueprint(blueprint, layer=layer)
+    return timm_from_blueprint(blueprint, layer=layer)

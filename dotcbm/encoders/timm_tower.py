@@ -1,0 +1,232 @@
+"""Any timm model as patches and a global token.
+
+A transformer gives its tokens, a convolutional network its last feature map (for EfficientNets: after the 1x1 head
+convolution, as their classifier reads it), row by row from the top left. The global token is the class token where the
+model has one, and the mean of the patches elsewhere: also where timm pools by attention, so that <global, patch> compares
+vectors of one space.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import timm
+import timm.models
+from safetensors.torch import load_file
+from torch import Tensor, hub, nn
+
+from dotcbm.encoders.tower import Tower, interpolation_of, map_patches
+from dotcbm.encoders.weights import MissingWeightsError, cached_on_hub, near_matches
+from dotcbm.structures import PatchFeatures, Preprocessing
+
+__all__ = ["TimmTower", "timm_from_blueprint", "timm_from_directory", "timm_from_name"]
+
+
+class TimmTower(nn.Module):
+    """A timm model without its classifier."""
+
+    def __init__(self, model: nn.Module, *, layer: int | None = None) -> None:
+        """Args:
+        model: A timm model.
+        layer: None for its last features; else an intermediate one, from 0 or, negative, from the end: a block of a
+            transformer (normalised by the model's last norm) or a stage of a network with stages (as it is).
+
+        Raises:
+            ValueError: A layer is asked for of a model that gives none.
+        """
+        super().__init__()
+        self.model = model
+        self.layer = layer
+        self.is_nhwc = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        has_cls = getattr(model, "cls_token", None) is not None
+        self.num_prefix_tokens: int = getattr(model, "num_prefix_tokens", int(has_cls))
+        self.has_cls = has_cls and self.num_prefix_tokens > 0
+        self.intermediate_arguments: dict[str, Any] = {}
+        if layer is not None:
+            give_intermediates = getattr(model, "forward_intermediates", None)
+            if give_intermediates is None:
+                raise ValueError(f"{type(model).__name__} gives no intermediate layers; leave layer out (null)")
+            known = inspect.signature(give_intermediates).parameters
+            if self.num_prefix_tokens and "return_prefix_tokens" in known:
+                self.intermediate_arguments["return_prefix_tokens"] = True
+            # As DINOv2's get_intermediate_layers does it. Stages of a hierarchy have other widths than the last norm.
+            if hasattr(model, "num_prefix_tokens") and "norm" in known:
+                self.intermediate_arguments["norm"] = True
+
+    def forward(self, image_B3HW: Tensor) -> PatchFeatures:
+        """Normalised pictures to patches and a global token.
+
+        Raises:
+            ValueError: The model's features are no single map and no grid of tokens.
+        """
+        if self.layer is None:
+            features = self.model.forward_features(image_B3HW)  # pyright: ignore[reportCallIssue]
+            if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+                raise ValueError(
+                    f"{type(self.model).__name__} gives no single feature map or token sequence; choose another encoder or a layer"
+                )
+            if features.ndim == 4:
+                map_BDHW = features.permute(0, 3, 1, 2) if self.is_nhwc else features
+                return self._of_map(map_BDHW, None)
+            prefix_BPD, patch_BND = features.tensor_split([self.num_prefix_tokens], dim=1)
+            grid = _grid_of(patch_BND.shape[1], size=(image_B3HW.shape[2], image_B3HW.shape[3]))
+            return self._of_patches(patch_BND, prefix_BPD, grid)
+        (found,) = self.model.forward_intermediates(  # pyright: ignore[reportCallIssue]
+            image_B3HW, indices=[self.layer], stop_early=True, intermediates_only=True, output_fmt="NCHW", **self.intermediate_arguments
+        )
+        map_BDHW, prefix_BPD = found if isinstance(found, tuple) else (found, None)
+        return self._of_map(map_BDHW, prefix_BPD)
+
+    def _of_map(self, map_BDHW: Tensor, prefix_BPD: Tensor | None) -> PatchFeatures:
+        return self._of_patches(map_patches(map_BDHW), prefix_BPD, (map_BDHW.shape[2], map_BDHW.shape[3]))
+
+    def _of_patches(self, patch_BND: Tensor, prefix_BPD: Tensor | None, grid: tuple[int, int]) -> PatchFeatures:
+        global_BD = prefix_BPD[:, 0] if self.has_cls and prefix_BPD is not None else patch_BND.mean(1)
+        return PatchFeatures(patch_BND=patch_BND, global_BD=global_BD, grid=grid)
+
+
+def timm_from_name(name: str, *, image_size: int | None, layer: int | None, pretrained: bool, allow_download: bool) -> Tower:
+    """The timm model `name` ("resnet50", "vit_small_patch14_dinov2.lvd142m").
+
+    Raises:
+        ValueError: No such model or tag, or an image size that it cannot take.
+        MissingWeightsError: Weights that are not in the local caches, without `allow_download`.
+    """
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise ValueError(f"timm has no model {architecture!r}{near_matches(architecture, timm.list_models())}")
+    config = timm.models.get_pretrained_cfg(architecture)
+    if tag:
+        known = timm.models.get_arch_pretrained_cfgs(architecture)
+        if name not in known:
+            tags = ", ".join(full.partition(".")[2] for full in known)
+            raise ValueError(f"timm's {architecture} has no pretrained tag {tag!r}; it has {tags or 'none'}")
+        config = known[name]
+    overlay: dict[str, Any] = {}
+    if pretrained:
+        if config is None or not config.has_weights:
+            raise MissingWeightsError.of(f"timm/{name}", ["timm's list of published weights, which has none for it"])
+        path, looked_at = _cached_weights(config)
+        if path is not None:
+            # The file format of a custom loader belongs to the file, and timm forgets it when it is given another file.
+            overlay = {"file": str(path), "custom_load": bool(config.custom_load) if path.suffix in (".npz", ".npy") else False}
+        elif not allow_download:
+            raise MissingWeightsError.of(f"timm/{name}", looked_at)
+    arguments = _size_arguments(config.to_dict() if config else {}, image_size)
+    model = _create(name, arguments, pretrained=pretrained, pretrained_cfg_overlay=overlay)
+    return _tower(model, architecture=architecture, arguments=arguments, image_size=image_size, layer=layer)
+
+
+def timm_from_directory(directory: Path, *, image_size: int | None, layer: int | None, pretrained: bool) -> Tower:
+    """A model saved in timm's folder format: `config.json` (architecture, pretrained_cfg, model_args) and `model.safetensors`.
+
+    Raises:
+        MissingWeightsError: The folder or one of its files is missing.
+        ValueError: A file that is damaged or fits no timm model.
+    """
+    config_path, weights_path = directory / "config.json", directory / "model.safetensors"
+    for path in (config_path, *([weights_path] if pretrained else [])):
+        if not path.is_file():
+            raise MissingWeightsError.of(f"local-dir:{directory}", [f"{path} (no such file; timm's save_for_hf writes it)"])
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_path}: no valid JSON ({error}); write it with timm's save_for_hf") from error
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise ValueError(f'{config_path}: no "architecture" with the name of a timm model; write the file with timm\'s save_for_hf')
+    architecture = config["architecture"]
+    if not timm.is_model(architecture):
+        raise ValueError(f"{config_path}: timm has no model {architecture!r}{near_matches(architecture, timm.list_models())}")
+    pretrained_cfg = dict(config.get("pretrained_cfg") or {k: v for k, v in config.items() if k not in ("architecture", "model_args")})
+    pretrained_cfg["num_classes"] = config.get("num_classes", pretrained_cfg.get("num_classes", 1000))
+    arguments = dict(config.get("model_args") or {}) | _size_arguments(pretrained_cfg, image_size)
+    arguments.setdefault("num_classes", pretrained_cfg["num_classes"])
+    overlay: dict[str, Any] = {}
+    if pretrained:
+        try:
+            # timm takes unknown files for pickles; these weights are read as safetensors or not at all.
+            overlay = {"state_dict": load_file(weights_path), "custom_load": False}
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{weights_path}: cannot be read as safetensors ({error}); copy the file again") from error
+    try:
+        model = _create(architecture, arguments, pretrained=pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"{weights_path}: these are not the weights of {architecture} as {config_path.name} describes it ({error})"
+        ) from error
+    arguments.pop("num_classes")
+    return _tower(model, architecture=architecture, arguments=arguments, image_size=image_size, layer=layer)
+
+
+def timm_from_blueprint(blueprint: dict[str, Any], *, layer: int | None) -> Tower:
+    """The architecture of a blueprint, with random weights."""
+    model = _create(blueprint["architecture"], blueprint["arguments"], pretrained=False)
+    return Tower(TimmTower(_without_classifier(model), layer=layer), Preprocessing.from_dict(blueprint["preprocessing"]), blueprint)
+
+
+def _create(name: str, arguments: dict[str, Any], *, pretrained: bool, **config: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=pretrained, **config, **arguments)
+    except (TypeError, AssertionError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"timm/{name} cannot be built with {arguments} ({error}); leave image_size out or choose another encoder"
+        ) from error
+
+
+def _without_classifier(model: nn.Module) -> nn.Module:
+    reset = getattr(model, "reset_classifier", None)
+    if reset is not None:
+        reset(0)
+    return model
+
+
+def _tower(model: nn.Module, *, architecture: str, arguments: dict[str, Any], image_size: int | None, layer: int | None) -> Tower:
+    data = timm.data.resolve_model_data_config(model)  # pyright: ignore[reportArgumentType]
+    _, height, width = data["input_size"]
+    preprocessing = Preprocessing(
+        size=(image_size, image_size) if image_size else (height, width),
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        interpolation=interpolation_of(data["interpolation"], name=architecture),
+        resize="crop",
+        crop_fraction=float(data["crop_pct"]),
+    )
+    blueprint = {"library": "timm", "architecture": architecture, "arguments": arguments, "preprocessing": preprocessing.to_dict()}
+    return Tower(TimmTower(_without_classifier(model), layer=layer), preprocessing, blueprint)
+
+
+def _size_arguments(config: dict[str, Any], image_size: int | None) -> dict[str, Any]:
+    """timm wants to be told the size by models that learn something for each position, and by no others."""
+    if not config.get("fixed_input_size"):
+        return {}
+    return {"img_size": image_size or list(config["input_size"][1:])}
+
+
+def _cached_weights(config: Any) -> tuple[Path | None, list[str]]:
+    looked_at: list[str] = []
+    if config.file:
+        return Path(config.file), looked_at
+    if config.hf_hub_id:
+        stem = config.hf_hub_filename or "pytorch_model.bin"
+        safe = "model.safetensors" if stem == "pytorch_model.bin" else str(Path(stem).with_suffix(".safetensors"))
+        path, looked_at = cached_on_hub(config.hf_hub_id, list(dict.fromkeys([safe, stem])))
+        if path is not None:
+            return path, looked_at
+    if config.url:
+        path = Path(hub.get_dir()) / "checkpoints" / config.url.rpartition("/")[2]
+        if path.is_file():
+            return path, looked_at
+        looked_at.append(str(path))
+    return None, looked_at
+
+
+def _grid_of(num_patches: int, *, size: tuple[int, int]) -> tuple[int, int]:
+    height = round((num_patches * size[0] / size[1]) ** 0.5)
+    width = num_patches // max(height, 1)
+    if height * width != num_patches:
+        raise ValueError(f"{num_patches} tokens of a {size[0]} x {size[1]} picture form no grid; choose another encoder or a layer")
+    return height, width
