@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["add_null", "cosine_cost", "cosine_similarity", "strip_null"]
+__all__ = ["add_null", "cosine_cost", "cosine_similarity", "strip_null", "unit"]
 
 
 def cosine_similarity(patch_BND: Tensor, concept_MD: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def cosine_similarity(patch_BND: Tensor, concept_MD: Tensor) -> Tensor:
     # Entered only where it changes something: exporters stumble over the context.
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         dtype = torch.float64 if torch.float64 in (patch_BND.dtype, concept_MD.dtype) else torch.float32
-        return (_unit(patch_BND.to(dtype)) @ _unit(concept_MD.to(dtype)).T).clamp(-1, 1)
+        return (unit(patch_BND.to(dtype)) @ unit(concept_MD.to(dtype)).T).clamp(-1, 1)
 
 
 def cosine_cost(patch_BND: Tensor, concept_MD: Tensor) -> Tensor:
@@ -98,7 +98,10 @@ def strip_null(plan_BNM: Tensor, *, num_patches: int, num_concepts: int) -> Tens
     return plan_BNM[:, :num_patches, :num_concepts]
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
+    """Vectors (last dimension) of length 1; a zero vector stays zero and hands its gradient on as it is.
+
+    `torch.nn.functional.normalize` divides by max(norm, 1e-12), whose gradient at a zero vector is 1e12.
+    """
     square = x.square().sum(-1, keepdim=True)
-    # Not max(norm, 1e-12): its gradient at a zero vector is 1e12.
     return x * square.where(square > 0, square.new_ones(())).rsqrt()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dotcbm.structures import ConceptSet, PatchFeatures
+from dotcbm.transport.cost import unit
 
 __all__ = ["ConceptPrior", "PatchPrior", "concept_prior", "map_to_grid", "patch_prior", "perplexity"]
 
@@ -150,7 +151,7 @@ def _saliency(kind: PatchPrior, features: PatchFeatures, external_BN: Tensor | N
                 'choose "norm" or "border", or an encoder whose widths agree'
             )
         if kind == "cosine":
-            patch_BND, global_BD = F.normalize(patch_BND, dim=-1), F.normalize(global_BD, dim=-1)
+            patch_BND, global_BD = unit(patch_BND), unit(global_BD)
         return (patch_BND * global_BD.unsqueeze(1)).sum(-1)
     if kind == "norm":
         return patch_BND.norm(dim=-1)
@@ -162,7 +163,7 @@ def _saliency(kind: PatchPrior, features: PatchFeatures, external_BN: Tensor | N
             raise ValueError(f"the external map has shape {shape}; these features need {(B, N)} (see map_to_grid)")
         return _at_least_float32(external_BN)
     if kind == "border":
-        return _unlike_border(F.normalize(patch_BND, dim=-1), features.grid)
+        return _unlike_border(unit(patch_BND), features.grid)
     raise ValueError(f"the patch prior is {kind!r}; choose dot, cosine, norm, uniform, external or border")
 
 

@@ -74,7 +74,8 @@ def sinkhorn(
     if check:
         _check_values(cost_BNM, theta_BN, gamma_BM, balanced=balanced)
     dtype = torch.float64 if torch.float64 in (cost_BNM.dtype, theta_BN.dtype, gamma_BM.dtype) else torch.float32
-    cost_BNM, theta_BN, gamma_BM = cost_BNM.to(dtype), theta_BN.to(dtype), gamma_BM.to(dtype)
+    cost_BNM = cost_BNM.to(dtype)
+    theta_BN, gamma_BM = (_widened(mass, dtype, balanced=balanced) for mass in (theta_BN, gamma_BM))
 
     if solver == "torch":
         solve = solve_torch
@@ -104,7 +105,9 @@ def _batched(cost_BNM: Tensor, theta: Tensor, gamma: Tensor) -> tuple[Tensor, Te
     B, N, M = cost_BNM.shape
     sides = []
     for name, mass, count in (("theta", theta, N), ("gamma", gamma, M)):
-        if tuple(mass.shape) not in ((count,), (B, count)):
+        # Number of dimensions first: comparing B with N would tie an exported program to B != N.
+        fits = mass.shape[0] == count if mass.ndim == 1 else mass.ndim == 2 and mass.shape[1] == count and mass.shape[0] == B
+        if not fits:
             raise ValueError(f"{name} has shape {tuple(mass.shape)}; a cost of shape {(B, N, M)} needs ({count},) or ({B}, {count})")
         sides.append(mass.expand(B, count))
     return sides[0], sides[1]
@@ -134,8 +137,19 @@ def _check_values(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, *, balan
         bad_B = (total_B - 1).abs() > _SUM_TOLERANCE.get(mass.dtype, 1e-4) if balanced else total_B <= 0
         if bad_B.any():
             i = _first(bad_B)
-            expected = "divide it by its sum, or relax that side (relax_patch, relax_concept)" if balanced else "it needs some mass"
-            raise ValueError(f"{name} of picture {i} of the batch sums to {total_B[i]:.6g}, not 1; {expected}")
+            if balanced:
+                message = f"sums to {total_B[i]:.6g}, not 1; divide it by its sum, or relax that side (relax_patch, relax_concept)"
+            else:
+                message = f"sums to {total_B[i]:.6g}; it must hold some mass"
+            raise ValueError(f"{name} of picture {i} of the batch {message}")
+
+
+def _widened(mass: Tensor, dtype: torch.dtype, *, balanced: bool) -> Tensor:
+    if balanced and mass.dtype in (torch.float16, torch.bfloat16):
+        # Rounding leaves the two sides with totals that differ by up to 1e-2, which no plan can meet.
+        mass = mass.to(dtype)
+        return mass / mass.sum(1, keepdim=True)
+    return mass.to(dtype)
 
 
 def _first(bad_B: Tensor) -> int:
