@@ -17,16 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dotcbm.data.cub_attributes import (
-    NOT_VISIBLE,
-    REFERENCE_IDS,
-    attribute_group,
-    attribute_name,
-    attribute_parts,
-    class_title,
-    select,
-    vote,
-)
+from dotcbm.data.cub_attributes import NOT_VISIBLE, chosen_ids, class_title, vocabulary, vote
+from dotcbm.data.cub_index import ImageTable, read_attribute_names, read_images, read_voters
 from dotcbm.data.cub_pictures import (
     MaskReader,
     PictureReader,
@@ -171,126 +163,56 @@ class CUB(ConceptSource):
         return Path(self.root)
 
     @cached_property
-    def _images(self) -> _Images:
-        root = self._root
-        if not root.is_dir():
-            raise ValueError(f"{root}: no such folder; root is the folder that holds images.txt and images/ (CUB_200_2011 in the archive)")
-        listed = by_id(root / "images.txt", read_rows(root / "images.txt", columns=(("image id", int), ("path", str))))
-        ids = tuple(listed)
-
-        def column(name: str, what: str) -> NDArray[np.int64]:
-            path = root / name
-            rows = by_id(path, read_rows(path, columns=(("image id", int), (what, int))), ids=ids, ids_from=root / "images.txt")
-            return np.array([row[1] for row in rows.values()])
-
-        class_id_I = column("image_class_labels.txt", "class id")
-        train_I = column("train_test_split.txt", "is training image")
-        wrong = np.flatnonzero((train_I != 0) & (train_I != 1))
-        if wrong.size:
-            raise ValueError(
-                f"{root / 'train_test_split.txt'}: row {wrong[0] + 1} (image {ids[wrong[0]]}) has {train_I[wrong[0]]}, expected 0 (test) or 1 (training)"
-            )
-        class_names = {
-            row[0]: row[1]
-            for row in by_id(root / "classes.txt", read_rows(root / "classes.txt", columns=(("class id", int), ("name", str)))).values()
-        }
-        for i, class_id in enumerate(class_id_I.tolist()):
-            if class_id not in class_names:
-                raise ValueError(
-                    f"{root / 'image_class_labels.txt'}: row {i + 1} (image {ids[i]}) has class {class_id}, which classes.txt does not list"
-                )
-        kept = np.unique(class_id_I)
-        return _Images(
-            ids=ids,
-            paths=tuple(str(row[1]) for row in listed.values()),
-            train_I=train_I == 1,
-            class_I=np.searchsorted(kept, class_id_I),
-            kept=tuple(list(class_names).index(int(c)) for c in kept),
-            class_names=tuple(class_names.values()),
-        )
-
-    @cached_property
-    def _attribute_names(self) -> tuple[str, ...]:
-        root = self._root
-        places = (root / "attributes.txt", root / "attributes" / "attributes.txt", root.parent / "attributes.txt")
-        path = next((place for place in places if place.is_file()), None)
-        if path is None:
-            raise ValueError(f"no attributes.txt among {', '.join(map(str, places))}; the archive has it beside CUB_200_2011/")
-        rows = by_id(path, read_rows(path, columns=(("attribute id", int), ("name", str))))
-        if list(rows) != list(range(1, len(rows) + 1)):
-            raise ValueError(f"{path}: the ids are not 1, 2, ..., {len(rows)} in order; class_attribute_labels_continuous.txt counts on it")
-        return tuple(str(row[1]) for row in rows.values())
+    def _images(self) -> ImageTable:
+        return read_images(self._root)
 
     @cached_property
     def _vocabulary(self) -> _Vocabulary:
-        table, names = self._images, self._attribute_names
-        folder = self._root / "attributes"
-        percent, own = folder / "class_attribute_labels_continuous.txt", folder / "image_attribute_labels.txt"
-        num_classes = len(table.class_names)
-        votes = None
-        image_level: tuple[NDArray[np.int8], NDArray[np.int8]] | None = None
-        needs_own = self.attributes == "majority" or self.labels == "image" or self.voters is not None
-        if needs_own or (own.is_file() and self.attributes == "reference"):
-            image_level = read_image_attributes(own, image_ids=table.ids, num_attributes=len(names))
-            voting = self._voting_rows()
+        table, names = self._images, read_attribute_names(self._root)
+        kept = np.array(table.kept)
+        image_level = self._image_level(len(names))
+        if image_level is not None and self.attributes != "percentage":
+            present_IA, certainty_IA = image_level
+            voting = np.flatnonzero(table.train_I) if self.voters is None else read_voters(Path(self.voters), table=table)
             votes = vote(
-                image_level[0][voting],
-                certainty_IA=image_level[1][voting],
-                class_I=np.asarray(table.kept)[table.class_I[voting]],
-                num_classes=num_classes,
+                present_IA[voting],
+                certainty_IA=certainty_IA[voting],
+                class_I=table.class_I[voting],
+                num_classes=len(kept),
                 ties=self.ties,
             )
-        if votes is None or self.attributes == "percentage":
-            share_CA = read_percentages(percent, num_classes=num_classes, num_attributes=len(names))
-            present_CA = share_CA > self.threshold
+            share_CA, present_CA, row_K = votes.share_CA, votes.present_CA, np.arange(len(kept))
         else:
-            share_CA, present_CA = votes.share_CA, votes.present_CA
-        ids = REFERENCE_IDS if self.attributes == "reference" else select(self._counted(present_CA), min_classes=self.min_classes)
-        if ids[-1] > len(names):
-            raise ValueError(
-                f"the reference list asks for attribute {ids[-1]}, but attributes.txt has {len(names)}; take attributes='percentage' or 'majority'"
-            )
-        chosen = np.array(ids) - 1
-        kept = np.array(table.kept)
-        class_label_KM = np.where(np.isnan(share_CA) & ~present_CA, np.nan, present_CA)[np.ix_(kept, chosen)]
+            path = self._root / "attributes" / "class_attribute_labels_continuous.txt"
+            share_CA = read_percentages(path, num_classes=len(table.class_names), num_attributes=len(names))
+            present_CA, row_K = share_CA > self.threshold, kept
+        chosen = np.array(chosen_ids(self.attributes, present_CA=present_CA, min_classes=self.min_classes)) - 1
+        share_KM, present_KM = share_CA[np.ix_(row_K, chosen)], present_CA[np.ix_(row_K, chosen)]
         if self.labels == "image" and image_level is not None:
             own_IM = image_level[0][:, chosen].astype(np.float32)
-            hidden_IM = image_level[1][:, chosen] == NOT_VISIBLE
-            own_IM[hidden_IM] = np.nan if self.not_visible == "unknown" else 0.0
+            own_IM[image_level[1][:, chosen] == NOT_VISIBLE] = np.nan if self.not_visible == "unknown" else 0.0
             concept_IM = torch.from_numpy(own_IM)
         else:
-            concept_IM = torch.as_tensor(class_label_KM, dtype=torch.float32)[torch.as_tensor(table.class_I)]
-        raw = [names[a] for a in chosen]
+            class_label_KM = np.where(np.isnan(share_KM) & ~present_KM, np.nan, present_KM)
+            concept_IM = torch.as_tensor(class_label_KM[table.class_I], dtype=torch.float32)
         part_names, _ = self._parts
-        known = set(part_names)
         return _Vocabulary(
-            concepts=ConceptSet(
-                names=tuple(map(attribute_name, raw)),
-                class_names=tuple(class_title(table.class_names[c]) for c in table.kept),
-                class_concept_KM=torch.as_tensor(share_CA[np.ix_(kept, chosen)], dtype=torch.float32),
-                groups=tuple(map(attribute_group, raw)),
+            concepts=vocabulary(
+                [names[a] for a in chosen],
+                class_names=tuple(class_title(table.class_names[c]) for c in kept),
+                share_KM=share_KM,
                 part_names=part_names,
-                parts=tuple(tuple(part for part in attribute_parts(name) if part in known) for name in raw) if part_names else None,
             ),
             concept_IM=concept_IM,
         )
 
-    def _counted(self, present_CA: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """The classes that count towards `min_classes`: all of the percentages' file, but of a vote only those with images."""
-        return present_CA[np.array(self._images.kept)] if self.attributes == "majority" else present_CA
-
-    def _voting_rows(self) -> NDArray[np.int64]:
-        table = self._images
-        if self.voters is None:
-            return np.flatnonzero(table.train_I)
-        path = Path(self.voters)
-        row_of = {image: i for i, image in enumerate(table.ids)}
-        chosen = []
-        for number, (image,) in enumerate(read_rows(path, columns=(("image id", int),)), 1):
-            if image not in row_of or not table.train_I[row_of[image]]:
-                raise ValueError(f"{path}: row {number} has image {image}, which is no training image; only training images may vote")
-            chosen.append(row_of[image])
-        return np.array(chosen)
+    def _image_level(self, num_attributes: int) -> tuple[NDArray[np.int8], NDArray[np.int8]] | None:
+        """image_attribute_labels.txt where the settings need it, or can use it and it is there."""
+        path = self._root / "attributes" / "image_attribute_labels.txt"
+        needed = self.attributes == "majority" or self.labels == "image" or self.voters is not None
+        if not needed and (self.attributes == "percentage" or not path.is_file()):
+            return None
+        return read_image_attributes(path, image_ids=self._images.ids, num_attributes=num_attributes)
 
     # ------------------------------------------------------------------ geometry and masks
 
@@ -349,18 +271,6 @@ class CUB(ConceptSource):
         twins = [twin_of[without_suffix(names[n])] for n in kept]
         check_files(twins, table=root / "metadata.csv")
         return kept, twins
-
-
-@dataclass(frozen=True)
-class _Images:
-    """images.txt and what the other tables say of each of its rows."""
-
-    ids: tuple[int, ...]
-    paths: tuple[str, ...]
-    train_I: NDArray[np.bool_]
-    class_I: NDArray[np.int64]  # index among the kept classes
-    kept: tuple[int, ...]  # rows of classes.txt that have images
-    class_names: tuple[str, ...]  # of all C classes, as in classes.txt
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What the 312 attributes of CUB-200-2011 are called, on which parts they are seen, and which of them are taken as concepts.
 
-Shape letters: I images, A attributes of the file (312), C classes of the file (200).
+Shape letters: I images, A attributes of the file (312), C classes of the file (200), K classes kept, M concepts.
 
 Which attributes: Koh et al. 2020 ("Concept Bottleneck Models", ICML) let the training images of a class vote on each
 attribute and keep those that at least 10 classes have. Their list of 112 is `REFERENCE_IDS`, and it is the default,
@@ -9,11 +9,15 @@ because the vote is easy to get wrong and other rules give other lists (see `vot
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from dotcbm.structures import ConceptSet
 
 __all__ = [
     "NOT_VISIBLE",
@@ -23,8 +27,9 @@ __all__ = [
     "attribute_group",
     "attribute_name",
     "attribute_parts",
+    "chosen_ids",
     "class_title",
-    "select",
+    "vocabulary",
     "vote",
 ]
 
@@ -212,16 +217,42 @@ def vote(
     return Votes(share_CA=share_CA, present_CA=for_CA >= against_CA if ties == "present" else for_CA > against_CA)
 
 
-def select(present_CA: NDArray[np.bool_], *, min_classes: int) -> tuple[int, ...]:
-    """The ids (1-based) of the attributes that at least `min_classes` classes have.
+def chosen_ids(
+    attributes: Literal["reference", "majority", "percentage"], *, present_CA: NDArray[np.bool_], min_classes: int
+) -> tuple[int, ...]:
+    """The ids (1-based) of the attributes that become concepts: the reference list, or those that `min_classes` classes have.
 
     Raises:
-        ValueError: No attribute is that common.
+        ValueError: The reference list asks for an attribute that is not there, or no attribute is that common.
     """
+    num_classes, num_attributes = present_CA.shape
+    if attributes == "reference":
+        if num_attributes < REFERENCE_IDS[-1]:
+            raise ValueError(
+                f"attributes.txt lists {num_attributes} attributes, but the reference list asks for id {REFERENCE_IDS[-1]}; "
+                "take attributes='percentage' or 'majority'"
+            )
+        return REFERENCE_IDS
     count_A = present_CA.sum(0)
-    ids = tuple(int(i) + 1 for i in np.flatnonzero(count_A >= min_classes))
+    ids = tuple(int(a) + 1 for a in np.flatnonzero(count_A >= min_classes))
     if not ids:
         raise ValueError(
-            f"no attribute is present in {min_classes} of the {len(present_CA)} classes (the most common one is in {count_A.max()}); lower min_classes"
+            f"no attribute is present in {min_classes} of the {num_classes} classes (the most common one is in {count_A.max()}); "
+            "lower min_classes"
         )
     return ids
+
+
+def vocabulary(
+    attributes: Sequence[str], *, class_names: tuple[str, ...], share_KM: NDArray[np.float64], part_names: tuple[str, ...]
+) -> ConceptSet:
+    """The concepts of M raw attribute names; parts are named where the data set has key points (`part_names` not empty)."""
+    known = set(part_names)
+    return ConceptSet(
+        names=tuple(map(attribute_name, attributes)),
+        class_names=class_names,
+        class_concept_KM=torch.as_tensor(share_KM, dtype=torch.float32),
+        groups=tuple(map(attribute_group, attributes)),
+        part_names=part_names,
+        parts=tuple(tuple(part for part in attribute_parts(name) if part in known) for name in attributes) if known else None,
+    )

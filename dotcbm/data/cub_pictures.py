@@ -132,7 +132,8 @@ def in_picture(
     if far_N.any():
         n = int(far_N.argmax())
         h, w = sizes[n]
-        what = f"{path}: {int(far_N.sum())} of {len(names)} pictures have coordinates outside the picture, the first {names[n]} ({w} x {h} pixels)"
+        first = f"the first {names[n]} ({w} x {h} pixels)"
+        what = f"{path}: {int(far_N.sum())} of {len(names)} pictures have coordinates outside the picture, {first}"
         if far_N.mean() > _FEW:
             raise ValueError(f"{what}; the annotations belong to pictures of another size")
         warnings.warn(f"{what}; they are moved to its edge", stacklevel=2)

@@ -146,7 +146,8 @@ def read_image_attributes(path: Path, *, image_ids: Sequence[int], num_attribute
     if len(missing):
         i, a = missing[0]
         raise ValueError(
-            f"{path}: no row for image {image_ids[i]} and attribute {a + 1} ({len(missing)} such pairs, {done} rows read); the file may be truncated"
+            f"{path}: no row for image {image_ids[i]} and attribute {a + 1} ({len(missing)} such pairs, {done} rows read); "
+            "the file may be truncated"
         )
     return present_IA, certainty_IA
 

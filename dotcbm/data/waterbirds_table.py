@@ -6,19 +6,35 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["MetadataRow", "read_metadata", "without_suffix"]
+__all__ = ["SPLITS", "MetadataRow", "read_metadata", "without_suffix"]
+
+SPLITS = ("train", "val", "test")  # 0, 1, 2 in the file
 
 _COLUMNS = ("img_id", "img_filename", "y", "split", "place")
 
 
 @dataclass(frozen=True)
 class MetadataRow:
-    """A row of metadata.csv: picture, class (1 waterbird), split (0 train, 1 val, 2 test), background (1 water)."""
+    """A row of metadata.csv.
 
+    Attributes:
+        number: Its line in the file; the header is line 1.
+        filename: The picture's path below the root.
+        y: 0 landbird, 1 waterbird.
+        split: Index into `SPLITS`.
+        place: 0 land, 1 water.
+    """
+
+    number: int
     filename: str
     y: int
     split: int
     place: int
+
+    @property
+    def species(self) -> str:
+        """The CUB class of the bird, by the folder it lies in."""
+        return self.filename.partition("/")[0]
 
 
 def read_metadata(root: Path) -> list[MetadataRow]:
@@ -57,7 +73,7 @@ def read_metadata(root: Path) -> list[MetadataRow]:
         if filename in seen:
             raise ValueError(f"{path}: row {number} repeats {filename} of row {seen[filename]}; each picture has one row")
         seen[filename] = number
-        rows.append(MetadataRow(filename=filename, **values))
+        rows.append(MetadataRow(number=number, filename=filename, y=values["y"], split=values["split"], place=values["place"]))
     if not rows:
         raise ValueError(f"{path}: has no rows below its header")
     return rows
