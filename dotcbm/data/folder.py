@@ -250,7 +250,7 @@ class Folder(ConceptSource):
             if not counts[split]:
                 raise ValueError(
                     f"{self.root}: the split '{split}' is empty; the pictures by split are {dict(counts)}; to use the rows of another as "
-                    f"'{split}', set split_names={{'{split}': '...'}}, or split_column=None to split by hash"
+                    f"'{split}', set split_names={{'{split}': '...'}}; to split by hash (needs two pictures of a class), split_column=None"
                 )
         trained = {name for name, split in zip(rows.classes, rows.splits, strict=True) if split == "train"}
         without = sorted(set(rows.classes) - trained)

@@ -188,7 +188,8 @@ def read_concept_columns(
     doubled = sorted({name for name in names if folded.count(name.casefold()) > 1})
     if doubled:
         raise ValueError(
-            f"{table.path}: several columns or values give the concepts {doubled[:5]} ('_', blanks and letter case make no difference); rename them"
+            f"{table.path}: several columns or values give the concepts {doubled[:5]} "
+            "('_', blanks and letter case make no difference); rename them"
         )
     return ConceptColumns(names=tuple(names), groups=tuple(groups), value_NM=torch.tensor(values, dtype=torch.float32).T.contiguous())
 
