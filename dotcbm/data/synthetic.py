@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -26,14 +25,20 @@ from dotcbm.data.synthetic_creature import ATTRIBUTES, PART_CENTRES, PARTS, Crea
 from dotcbm.data.synthetic_scenes import SCENES, scene_window
 from dotcbm.structures import ConceptSet
 
-__all__ = ["CLASS_NAMES", "SCENES", "Synthetic", "class_from_concepts"]
+__all__ = ["CLASS_NAMES", "SCENES", "Synthetic", "class_from_concepts", "class_rule"]
 
 CLASS_NAMES = (
     *("Alvin", "Bramble", "Cobbert", "Dapple", "Elgrim", "Fennick", "Gorlo", "Hickory"),
     *("Ivory", "Jumbel", "Kettle", "Lommer", "Mirrow", "Nimbus", "Orlop", "Pindle"),
 )
 _NUM_RULE = 5  # the first five attributes make the class
-_MIN_DISTANCE = 3  # two classes differ in at least so many attributes: any two hidden ones can be missed
+# Each attribute pairs the eight classes off in its own way: five rounds of a tournament in which no pair meets twice.
+_CODES_8 = ("00000", "11111", "20222", "32130", "13023", "23331", "31302", "02213")
+# The points of the affine plane over four elements; each attribute is one of its five families of parallel lines.
+_CODES_16 = (
+    *("00000", "11110", "10221", "22320", "33230", "31022", "03123", "02212"),
+    *("12033", "32101", "21203", "13302", "20132", "30313", "23011", "01331"),
+)
 _STREAMS = {"train": 0, "val": 1, "test": 2, "test_ood": 2}  # test_ood shows the creatures of test
 
 
@@ -48,47 +53,26 @@ class _Recipe:
     clutter_uniform: NDArray[np.float64]
 
 
-@lru_cache
-def _class_codes(num_classes: int) -> tuple[tuple[int, ...], ...]:
-    """For each class its values of the rule's attributes: pairwise distance at least 3, values used evenly (greedy)."""
-    words = list(product(*(range(len(a.values)) for a in ATTRIBUTES[:_NUM_RULE])))
-    used = [[0] * len(a.values) for a in ATTRIBUTES[:_NUM_RULE]]
-    chosen: list[tuple[int, ...]] = []
-    while len(chosen) < num_classes:
-        free = [w for w in words if all(sum(a != b for a, b in zip(w, c)) >= _MIN_DISTANCE for c in chosen)]
-        if not free:
-            break
-        best = min(free, key=lambda w: (sum(used[g][v] ** 2 for g, v in enumerate(w)), w))
-        for g, v in enumerate(best):
-            used[g][v] += 1
-        chosen.append(best)
-    return tuple(chosen)
+def _class_codes(num_classes: int) -> tuple[str, ...]:
+    """For each class the values of the rule's five attributes. Any two classes share one value at most."""
+    return (_CODES_8 if num_classes <= 8 else _CODES_16)[:num_classes]
 
 
-@lru_cache
-def _vocabulary(num_classes: int) -> ConceptSet:
-    codes = _class_codes(num_classes)
-    share_KM = torch.cat([torch.full((num_classes, len(a.values)), 1 / len(a.values)) for a in ATTRIBUTES], dim=1)
-    for k, code in enumerate(codes):
+def class_rule(num_classes: int = 8) -> Tensor:
+    """(K, M) in {0, 1}: the five concepts that make each class. See `class_from_concepts`."""
+    rule_KM = torch.zeros(num_classes, sum(len(a.values) for a in ATTRIBUTES))
+    for k, code in enumerate(_class_codes(num_classes)):
         for g, value in enumerate(code):
-            start = sum(len(a.values) for a in ATTRIBUTES[:g])
-            share_KM[k, start : start + len(ATTRIBUTES[g].values)] = 0
-            share_KM[k, start + value] = 1
-    return ConceptSet(
-        names=tuple(v for a in ATTRIBUTES for v in a.values),
-        class_names=CLASS_NAMES[:num_classes],
-        class_concept_KM=share_KM,
-        groups=tuple(a.name for a in ATTRIBUTES for _ in a.values),
-        part_names=PARTS,
-        parts=tuple((a.part,) for a in ATTRIBUTES for _ in a.values),
-    )
+            rule_KM[k, sum(len(a.values) for a in ATTRIBUTES[:g]) + int(value)] = 1
+    return rule_KM
 
 
 def class_from_concepts(concept_NM: Tensor, *, num_classes: int = 8) -> Tensor:
     """The class of each row of concepts: the one with most of its five rule concepts present.
 
-    Full concept vectors give the label exactly. Since two classes differ in at least three attributes, any two of a
-    picture's five rule concepts may be missing (hidden by an obstacle) and the label is still exact.
+    Two classes differ in at least four of the five attributes. So the label is exact for full concept vectors, although one
+    attribute may have strayed from the class's (`Synthetic.variation`); and it stays exact when any one concept is missing,
+    or any three of a creature that has not strayed.
 
     Args:
         concept_NM: (N, M) in {0, 1}.
@@ -97,8 +81,25 @@ def class_from_concepts(concept_NM: Tensor, *, num_classes: int = 8) -> Tensor:
     Returns:
         (N,) long.
     """
-    rule_KM = _vocabulary(num_classes).class_concept_KM == 1
-    return (concept_NM.float() @ rule_KM.float().T).argmax(dim=1)
+    return (concept_NM.float() @ class_rule(num_classes).T).argmax(dim=1)
+
+
+def _vocabulary(num_classes: int, variation: float) -> ConceptSet:
+    rule_KM = class_rule(num_classes)
+    columns = []
+    for g, rule_KV in enumerate(rule_KM.split([len(a.values) for a in ATTRIBUTES], dim=1)):
+        num_values = rule_KV.shape[1]
+        stray = variation / _NUM_RULE
+        strayed_KV = rule_KV * (1 - stray) + (1 - rule_KV) * stray / (num_values - 1)
+        columns.append(strayed_KV if g < _NUM_RULE else torch.full_like(rule_KV, 1 / num_values))
+    return ConceptSet(
+        names=tuple(v for a in ATTRIBUTES for v in a.values),
+        class_names=CLASS_NAMES[:num_classes],
+        class_concept_KM=torch.cat(columns, dim=1),
+        groups=tuple(a.name for a in ATTRIBUTES for _ in a.values),
+        part_names=PARTS,
+        parts=tuple((a.part,) for a in ATTRIBUTES for _ in a.values),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,7 @@ class Synthetic(ConceptSource):
         shortcut: Probability in [0, 1] that a creature stands on its class's own place; else the place is drawn evenly from
             all eight. Own places are shared by two classes beyond eight classes.
         occlusion: Probability in [0, 1] that an obstacle stands before the creature; it aims at a part drawn evenly.
+        variation: Probability in [0, 1] that one of the creature's five rule attributes has strayed from its class's value.
         seed: Of everything but the places' paintings.
         labels: What `concept_NM` calls true. "visible": the creature has the concept and at least `min_visible` of the part
             is unhidden. "class": the creature has it, seen or not.
@@ -128,17 +130,17 @@ class Synthetic(ConceptSource):
     num_classes: int = 8
     shortcut: float = 0.0
     occlusion: float = 0.4
+    variation: float = 0.2
     seed: int = 0
     labels: Literal["visible", "class"] = "visible"
     min_visible: float = 0.35
 
     def __post_init__(self) -> None:
-        most = len(_class_codes(len(CLASS_NAMES)))
-        if not 2 <= self.num_classes <= most:
-            raise ValueError(f"num_classes is {self.num_classes}; there are 2 to {most} kinds of creatures")
+        if not 2 <= self.num_classes <= len(CLASS_NAMES):
+            raise ValueError(f"num_classes is {self.num_classes}; there are 2 to {len(CLASS_NAMES)} kinds of creatures")
         if self.size < 64:
             raise ValueError(f"size is {self.size}; creatures need pictures of 64 pixels at least")
-        for name in ("shortcut", "occlusion", "min_visible"):
+        for name in ("shortcut", "occlusion", "variation", "min_visible"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a share in [0, 1]")
         if self.min_visible == 0:
@@ -151,7 +153,7 @@ class Synthetic(ConceptSource):
 
     @property
     def concepts(self) -> ConceptSet:
-        return _vocabulary(self.num_classes)
+        return _vocabulary(self.num_classes, self.variation)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -197,33 +199,16 @@ class Synthetic(ConceptSource):
 
     def picture(self, split: str, row: int) -> Tensor:
         """(3, size, size) uint8: picture `row` of a split."""
-        recipe = self._recipe(split, row)
-        image = scene_window(recipe.scene, self.size, recipe.scene_uniform_4)
-        canvas = Canvas((self.size, self.size), image_3HW=image)
-        _draw_clutter(canvas, recipe)
-        draw_creature(canvas, recipe.creature)
-        if recipe.obstacle is not None:
-            draw_obstacle(canvas, recipe.obstacle)
-        image += np.float32(0.5)
-        np.clip(image, np.float32(0), np.float32(255), out=image)
-        return torch.from_numpy(image.astype(np.uint8))
+        return torch.from_numpy(_drawn(self, split, row)[0].copy())
 
     def part_masks(self, split: str, row: int) -> Tensor:
         """(P, size, size) bool: the visible pixels of each part; disjoint."""
-        part_HW = torch.from_numpy(self._parts(split, row))
+        part_HW = torch.from_numpy(_drawn(self, split, row)[1])
         return part_HW == torch.arange(1, len(PARTS) + 1, dtype=torch.uint8)[:, None, None]
 
     def foreground(self, split: str, row: int) -> Tensor:
         """(size, size) bool: the visible pixels of the creature, the union of its parts."""
-        return torch.from_numpy(self._parts(split, row) > 0)
-
-    def _parts(self, split: str, row: int) -> NDArray[np.uint8]:
-        recipe = self._recipe(split, row)
-        canvas = Canvas((self.size, self.size))
-        draw_creature(canvas, recipe.creature)
-        if recipe.obstacle is not None:
-            draw_obstacle(canvas, recipe.obstacle)
-        return canvas.part_HW
+        return torch.from_numpy(_drawn(self, split, row)[1] > 0)
 
     def _read_size(self, row: int) -> tuple[int, int]:
         return self.size, self.size
@@ -238,17 +223,24 @@ class Synthetic(ConceptSource):
     def _recipe(self, split: str, row: int) -> _Recipe:
         """What picture `row` shows. Creature and obstacle come from one stream of numbers, the place from another."""
         entropy = (self.seed, _STREAMS[split], row)
-        r = np.random.Generator(np.random.PCG64(np.random.SeedSequence([*entropy, 0]))).random(64)
+        r = np.random.Generator(np.random.PCG64(np.random.SeedSequence([*entropy, 0]))).random(68)
         label = row % self.num_classes
         free = tuple(int(r[g] * len(a.values)) for g, a in enumerate(ATTRIBUTES[_NUM_RULE:]))
         scale = 0.345 + 0.075 * r[8]
         frame = Frame(
-            origin=(0.5 + (r[9] - 0.5) * 2 * max(0.5 - 1.13 * scale, 0.01), 0.5 + 0.06 * scale + (r[10] - 0.5) * 2 * max(0.5 - 1.04 * scale, 0.01)),
+            origin=(
+                0.5 + (r[9] - 0.5) * 2 * max(0.5 - 1.13 * scale, 0.01),
+                0.5 + 0.06 * scale + (r[10] - 0.5) * 2 * max(0.5 - 1.04 * scale, 0.01),
+            ),
             scale=scale,
             angle=(r[11] - 0.5) * 0.44,
             mirror=bool(r[12] < 0.5),
         )
-        creature = Creature(_class_codes(self.num_classes)[label] + free, frame, tuple(r[16:30].tolist()))
+        rule = [int(value) for value in _class_codes(self.num_classes)[label]]
+        if r[46] < self.variation:
+            g = int(r[47] * _NUM_RULE)
+            rule[g] = (rule[g] + 1 + int(r[45] * (len(ATTRIBUTES[g].values) - 1))) % len(ATTRIBUTES[g].values)
+        creature = Creature((*rule, *free), frame, tuple(r[16:30].tolist()))
         obstacle = None
         if r[13] < self.occlusion:
             part = PARTS[int(r[14] * len(PARTS))]
@@ -263,7 +255,7 @@ class Synthetic(ConceptSource):
             scene = (own + 1 + int(s[1] * (len(SCENES) - 1))) % len(SCENES)
         else:
             scene = own if s[0] < self.shortcut else int(s[1] * len(SCENES))
-        return _Recipe(creature, obstacle, scene, s[2:6], r[44:64])
+        return _Recipe(creature, obstacle, scene, s[2:6], r[48:68])
 
     def _seen(self, recipe: _Recipe) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """(P, 3) part points with visibility and (4,) box of the visible creature, from every k-th pixel of the masks."""
@@ -291,6 +283,21 @@ class Synthetic(ConceptSource):
         half = np.float32(0.5 / self.size)
         box = np.array([x.min() - half, y.min() - half, x.max() + half, y.max() + half], np.float32) if len(x) else np.zeros(4, np.float32)
         return points_P3, box
+
+
+@lru_cache(maxsize=4)  # picture, foreground and masks of a row are asked for one after the other
+def _drawn(source: Synthetic, split: str, row: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """(3, size, size) picture and (size, size) part numbers."""
+    recipe = source._recipe(split, row)
+    image = scene_window(recipe.scene, source.size, recipe.scene_uniform_4)
+    canvas = Canvas((source.size, source.size), image_3HW=image)
+    _draw_clutter(canvas, recipe)
+    draw_creature(canvas, recipe.creature)
+    if recipe.obstacle is not None:
+        draw_obstacle(canvas, recipe.obstacle)
+    image += np.float32(0.5)
+    np.clip(image, np.float32(0), np.float32(255), out=image)
+    return image.astype(np.uint8), canvas.part_HW
 
 
 def _draw_clutter(canvas: Canvas, recipe: _Recipe) -> None:

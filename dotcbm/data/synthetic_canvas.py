@@ -12,14 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import atan2, cos, hypot, sin
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Canvas", "Frame", "Ink"]
+__all__ = ["Canvas", "Colour", "Frame", "Ink", "Pattern", "Point"]
 
 Colour = tuple[float, float, float]
 Point = tuple[float, float]
+Pattern = Literal["plain", "stripes", "spots", "checks"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Ink:
         light: Strength of the light from above, 0 for a flat fill.
         opacity: 1 covers what lies below.
         soft: Widens the antialiased edge to this many pixels (shadows, clouds). Masks do not change.
-        pattern: "plain", or bands ("stripes") or dots ("spots") of `second` in the shape's own coordinates.
+        pattern: "plain", or bands ("stripes"), dots ("spots") or squares ("checks") of `second` in the shape's own coordinates.
         second: Colour of the pattern.
         period: Distance of two bands or dots, in own units.
         phase: Shift of the pattern, in periods.
@@ -63,7 +65,7 @@ class Ink:
     light: float = 0.3
     opacity: float = 1.0
     soft: float = 1.0
-    pattern: str = "plain"
+    pattern: Pattern = "plain"
     second: Colour = (0.0, 0.0, 0.0)
     period: float = 0.2
     phase: float = 0.0
@@ -77,7 +79,9 @@ class Canvas:
         part_HW: uint8; the number that the topmost shape at a pixel was painted with.
     """
 
-    def __init__(self, size: tuple[int, int], *, image_3HW: NDArray[np.float32] | None = None, stride: int = 1, side: int | None = None) -> None:
+    def __init__(
+        self, size: tuple[int, int], *, image_3HW: NDArray[np.float32] | None = None, stride: int = 1, side: int | None = None
+    ) -> None:
         height, width = size
         self.side = side or height  # pixels that one unit of the picture's own coordinates spans
         self.x_W = (np.arange(stride // 2, width, stride, dtype=np.float32) + np.float32(0.5)) / np.float32(self.side)
@@ -98,7 +102,7 @@ class Canvas:
         inside: tuple[Point, Point, float] | None = None,
     ) -> None:
         """An ellipse; with `inside` only where it lies in that other ellipse (centre, radii, angle)."""
-        located = self._locate(frame, centre, angle, (-radii[0], radii[0], -radii[1], radii[1]))
+        located = self._locate(frame, centre, angle, (-radii[0], radii[0], -radii[1], radii[1]), ink.soft)
         if located is None:
             return
         box, u, v = located
@@ -119,7 +123,7 @@ class Canvas:
         right = max(p[0] + r for p, r in zip(local, radii))
         top = min(p[1] - r for p, r in zip(local, radii))
         bottom = max(p[1] + r for p, r in zip(local, radii))
-        located = self._locate(frame, points[0], angle, (left, right, top, bottom))
+        located = self._locate(frame, points[0], angle, (left, right, top, bottom), ink.soft)
         if located is None:
             return
         box, u, v = located
@@ -131,7 +135,7 @@ class Canvas:
         self._paint(frame, box, distance, ink, part, u, v)
 
     def _locate(
-        self, frame: Frame, centre: Point, angle: float, extent: tuple[float, float, float, float]
+        self, frame: Frame, centre: Point, angle: float, extent: tuple[float, float, float, float], soft: float
     ) -> tuple[tuple[slice, slice], NDArray[np.float32], NDArray[np.float32]] | None:
         """The part of the canvas around a shape, and the shape's own coordinates there; None if it lies outside the picture."""
         a, b, c, d = frame.matrix()
@@ -140,7 +144,7 @@ class Canvas:
         dx = [a * (u * ca - v * sa) + b * (u * sa + v * ca) for u, v in corners]
         dy = [c * (u * ca - v * sa) + d * (u * sa + v * ca) for u, v in corners]
         x, y = frame.at(*centre)
-        edge = 1.5 / self.side
+        edge = (1 + soft / 2) / self.side
         step = self.step
         x0, x1 = int((x + min(dx) - edge) // step), int((x + max(dx) + edge) // step) + 2
         y0, y1 = int((y + min(dy) - edge) // step), int((y + max(dy) + edge) // step) + 2
@@ -184,9 +188,10 @@ class Canvas:
         level: NDArray[np.float32] | np.float32 = np.float32(1)
         if ink.light:
             y = self.y_H[box[0]]
-            slope = np.linspace(1 + ink.light * 0.55, 1 - ink.light * 0.45, len(y), dtype=np.float32)[:, None]
-            body = np.minimum(distance * np.float32(-1.6 * ink.light / 0.3), np.float32(0.22 * ink.light / 0.3))
-            level = body + (slope - np.float32(0.12 * ink.light / 0.3))
+            top, bottom = 1 + ink.light * 0.15, 1 - ink.light * 0.85
+            slope = _ramp(top, bottom, len(y))
+            level = np.minimum(distance * np.float32(-5.3 * ink.light), np.float32(0.73 * ink.light))
+            level += slope
         if ink.outline:
             inner = np.clip(cover - np.float32(ink.outline * pixels), np.float32(0), np.float32(1))
             level = (level - np.float32(0.28)) * inner + np.float32(0.28)
@@ -201,6 +206,11 @@ class Canvas:
         paint = colour * level - view
         paint *= cover
         view += paint
+
+
+def _ramp(first: float, last: float, num: int) -> NDArray[np.float32]:
+    """(num, 1) from first to last."""
+    return (np.arange(num, dtype=np.float32) * np.float32((last - first) / num) + np.float32(first))[:, None]
 
 
 def _ellipse(u: NDArray[np.float32], v: NDArray[np.float32], a: float, b: float) -> NDArray[np.float32]:
@@ -232,6 +242,9 @@ def _pattern(u: NDArray[np.float32], v: NDArray[np.float32], ink: Ink, pixels: f
         near = np.abs(p - np.rint(p))
         return np.clip((np.float32(0.25) - near) * sharp + np.float32(0.5), np.float32(0), np.float32(1))
     q = v * np.float32(1 / ink.period)
+    if ink.pattern == "checks":
+        waves = (np.abs(p - np.rint(p)) - np.float32(0.25)) * (np.abs(q - np.rint(q)) - np.float32(0.25))
+        return np.clip(waves * (4 * sharp) + np.float32(0.5), np.float32(0), np.float32(1))
     row = np.rint(q)
     p = p + np.float32(0.5) * row  # every other row is shifted
     p -= np.rint(p)

@@ -91,7 +91,9 @@ def _sprinkle(canvas: Canvas, rng: np.random.Generator, colours: list[Colour], c
         r = radius * (0.5 + float(rng.random())) * (0.5 + 0.8 * (y - start) / (_HIGH - start))
         colour = colours[int(rng.random() * len(colours))]
         flat = 0.5 + 0.5 * float(rng.random())
-        canvas.ellipse(_ROOT, (float(rng.random()) * _WIDE, y), (r, r * flat), Ink(colour, outline=0.003, light=0.3), angle=float(rng.random()) * 3)
+        canvas.ellipse(
+            _ROOT, (float(rng.random()) * _WIDE, y), (r, r * flat), Ink(colour, outline=0.003, light=0.3), angle=float(rng.random()) * 3
+        )
 
 
 def _grass(canvas: Canvas, rng: np.random.Generator, colours: list[Colour], count: int, start: float, length: float = 0.05) -> None:
@@ -160,7 +162,9 @@ def _snow(canvas: Canvas, rng: np.random.Generator) -> None:
     _sprinkle(canvas, rng, [(184, 198, 216), (214, 222, 232)], 14, 0.03, h + 0.05)
     for _ in range(60):
         r = 0.004 + 0.005 * float(rng.random())
-        canvas.ellipse(_ROOT, (float(rng.random()) * _WIDE, float(rng.random()) * _HIGH), (r, r), Ink((235, 235, 235), outline=0, light=0, soft=2))
+        canvas.ellipse(
+            _ROOT, (float(rng.random()) * _WIDE, float(rng.random()) * _HIGH), (r, r), Ink((235, 235, 235), outline=0, light=0, soft=2)
+        )
 
 
 def _night(canvas: Canvas, rng: np.random.Generator) -> None:
@@ -217,7 +221,9 @@ def _cave(canvas: Canvas, rng: np.random.Generator) -> None:
     _texture(canvas, _noise(canvas, rng, 0.05, 0.08), 0.1)
     for _ in range(14):
         x, tall = float(rng.random()) * _WIDE, 0.08 + 0.22 * float(rng.random())
-        canvas.stroke(_ROOT, [(x, -0.03), (x, tall)], [0.03 + 0.02 * float(rng.random()), 0.003], Ink((98, 92, 100), outline=0.004, light=0.3))
+        canvas.stroke(
+            _ROOT, [(x, -0.03), (x, tall)], [0.03 + 0.02 * float(rng.random()), 0.003], Ink((98, 92, 100), outline=0.004, light=0.3)
+        )
     _fill(canvas, (122, 114, 112), (84, 78, 80), h, _HIGH)
     _texture(canvas, _noise(canvas, rng, 0.2, 0.05), 0.16, h)
     _sprinkle(canvas, rng, [(140, 132, 130), (104, 98, 102), (160, 152, 146)], 26, 0.03, h + 0.03)
