@@ -2,28 +2,31 @@
 
 A cache is a folder `<split>-<key>` with `patches.npy` (n, N, D), `globals.npy` (n, D_g) and `meta.json`. The key names the
 encoder's weights, the preprocessing, the pictures and the view, so another encoder never meets old features; `meta.json`
-is written last and holds a checksum of each file, and the folder gets its name when it is whole.
+holds a checksum of each file. The folder is filled under another name and gets its own when it is whole.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
-import tempfile
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from dotcbm.data.source import ConceptDataset
 from dotcbm.structures import ConceptSample, PatchEncoder, PatchFeatures
@@ -35,6 +38,8 @@ FeatureType = Literal["float16", "float32"]
 _FORMAT = 1  # raised when files or key change their meaning; older caches are then rebuilt
 _CHUNK = 1 << 24
 _FILES = ("patches.npy", "globals.npy")
+_PROGRESS = "progress.json"  # number of rows that survive a crash; gone when the cache is whole
+_NOTE_SECONDS = 20.0  # how much work a killed process may lose
 
 
 class DamagedCacheError(ValueError):
@@ -69,8 +74,7 @@ class FeatureCache:
             raise DamagedCacheError(f"{self.path}: made for another encoder, preprocessing, view or set of pictures")
         for name in _FILES:
             _verify(self.path / name, self.meta["checksums"][name])
-        self._patches = np.load(self.path / "patches.npy", mmap_mode="r", allow_pickle=False)
-        self._globals = np.load(self.path / "globals.npy", mmap_mode="r", allow_pickle=False)
+        self._map()
         self.shapes: tuple[tuple[int, ...], tuple[int, ...]] = (self._patches.shape, self._globals.shape)
         self.grid: tuple[int, int] = tuple(self.meta["grid"])
         self.patch_width = self._patches.shape[2]
@@ -78,6 +82,18 @@ class FeatureCache:
 
     def __len__(self) -> int:
         return self.shapes[0][0]
+
+    def _map(self) -> None:
+        self._patches = np.load(self.path / "patches.npy", mmap_mode="r", allow_pickle=False)
+        self._globals = np.load(self.path / "globals.npy", mmap_mode="r", allow_pickle=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the maps: pickled for a loader's worker, they would be copied whole."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_patches", "_globals")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map()
 
     def read(self, indices: Sequence[int] | Tensor) -> PatchFeatures:
         """The features of the rows `indices`, in that order, in the precision they are stored in.
@@ -95,18 +111,23 @@ class FeatureCache:
 
 @dataclass(frozen=True)
 class _Layout:
-    """What a cache will hold, known from the first picture."""
+    """What a cache will hold."""
 
     num_pictures: int
     patch_shape: tuple[int, int]
     global_width: int
-    grid: tuple[int, int]
     dtype: FeatureType
 
     @property
-    def num_bytes(self) -> int:
-        values = self.patch_shape[0] * self.patch_shape[1] + self.global_width
-        return self.num_pictures * values * np.dtype(self.dtype).itemsize
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the two files."""
+        return (self.num_pictures, *self.patch_shape), (self.num_pictures, self.global_width)
+
+    @property
+    def row_bytes(self) -> tuple[int, int]:
+        """Bytes a picture in the two files."""
+        size = np.dtype(self.dtype).itemsize
+        return self.patch_shape[0] * self.patch_shape[1] * size, self.global_width * size
 
 
 def cache_features(
@@ -122,12 +143,14 @@ def cache_features(
 ) -> FeatureCache:
     """The features of `dataset`, from `directory` if they lie there, else computed and written there.
 
+    An interrupted run goes on where it stopped. Processes that ask for the same features wait for the first of them.
+
     Args:
         dataset: One split.
-        encoder: A frozen encoder; it is run where its weights are.
-        prepare: Sample -> sample whose image is the encoder's input, (3, h, w) float32.
+        encoder: A frozen encoder; it is run where its weights are, in eval mode.
+        prepare: Sample -> sample whose image is the encoder's input, (3, h, w) float32; called from several threads.
         directory: Where caches lie; made if missing.
-        view: A name for what `prepare` does beyond preprocessing ("plain", "flip"); part of the key.
+        view: A name for what `prepare` does beyond preprocessing ("plain", "flip"); part of the key and of the folder's name.
         batch_size: Pictures that go through the encoder at once.
         progress: Print the size and a progress bar (to stderr).
         dtype: "float32" for features beyond the range of float16; twice the size.
@@ -140,46 +163,51 @@ def cache_features(
     if len(dataset) == 0:
         raise ValueError(f"the split {dataset.split!r} is empty: there are no features to cache")
     key = _key(dataset, encoder=encoder, view=view, dtype=dtype)
-    directory = Path(directory)
-    path = directory / f"{dataset.split}-{view}-{key[:16]}"
-    if path.exists():
-        try:
-            return FeatureCache(path, key=key)
-        except DamagedCacheError as error:
-            warnings.warn(f"the feature cache is damaged and is computed again: {error}", stacklevel=2)
-    layout = _Layout(
-        num_pictures=len(dataset),
-        patch_shape=(encoder.grid[0] * encoder.grid[1], encoder.width),
-        global_width=encoder.global_width,
-        grid=encoder.grid,
-        dtype=dtype,
-    )
-    directory.mkdir(parents=True, exist_ok=True)
-    _check_room(directory, layout, split=dataset.split, progress=progress)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=directory, ignore_cleanup_errors=True) as scratch:
-        staging = Path(scratch) / "cache"
-        staging.mkdir()
-        batches = _encode(dataset, encoder=encoder, prepare=prepare, batch_size=batch_size, progress=progress)
-        _write(staging, batches, layout)
-        meta = {
-            "format": _FORMAT,
-            "key": key,
-            "split": dataset.split,
-            "view": view,
-            "grid": list(layout.grid),
-            "dtype": dtype,
-            "shapes": {"patches": [len(dataset), *layout.patch_shape], "globals": [len(dataset), layout.global_width]},
-            "checksums": {name: _checksum(staging / name) for name in _FILES},
-            "encoder": getattr(encoder, "settings", {}),
-            "encoder_fingerprint": encoder.fingerprint(),
-            "preprocessing": encoder.preprocessing.to_dict(),
-            "data_fingerprint": dataset.fingerprint(),
-            "made_with": {package: version(package) for package in ("torch", "timm", "numpy")},
-        }
-        (staging / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+    path = Path(directory) / f"{dataset.split}-{view}-{key[:16]}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(path.parent / ".lock"):
         if path.exists():
-            shutil.rmtree(path)
-        os.replace(staging, path)
+            try:
+                return FeatureCache(path, key=key)
+            except DamagedCacheError as error:
+                warnings.warn(f"a feature cache cannot be used and is computed again: {error}", stacklevel=2)
+        layout = _Layout(
+            num_pictures=len(dataset),
+            patch_shape=(encoder.grid[0] * encoder.grid[1], encoder.width),
+            global_width=encoder.global_width,
+            dtype=dtype,
+        )
+        partial = path.with_name(f".{path.name}.partial")
+        partial.mkdir(exist_ok=True)
+        try:
+            writer = _Writer(partial, layout)
+            _check_room(path.parent, layout, done=writer.num_rows, split=dataset.split, progress=progress)
+            writer.write(
+                _encode(dataset, encoder=encoder, prepare=prepare, start=writer.num_rows, batch_size=batch_size, progress=progress)
+            )
+            meta = {
+                "format": _FORMAT,
+                "key": key,
+                "split": dataset.split,
+                "view": view,
+                "grid": list(encoder.grid),
+                "dtype": dtype,
+                "shapes": {"patches": [len(dataset), *layout.patch_shape], "globals": [len(dataset), layout.global_width]},
+                "checksums": {name: _checksum(partial / name) for name in _FILES},
+                "encoder": getattr(encoder, "settings", {}),
+                "encoder_fingerprint": encoder.fingerprint(),
+                "preprocessing": encoder.preprocessing.to_dict(),
+                "data_fingerprint": dataset.fingerprint(),
+                "made_with": {package: version(package) for package in ("torch", "timm", "numpy")},
+            }
+            (partial / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+            (partial / _PROGRESS).unlink()
+            if path.exists():
+                shutil.rmtree(path)
+            partial.replace(path)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its room back
+            raise
     return FeatureCache(path, key=key)
 
 
@@ -195,16 +223,18 @@ def _key(dataset: ConceptDataset, *, encoder: PatchEncoder, view: str, dtype: st
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _check_room(directory: Path, layout: _Layout, *, split: str, progress: bool) -> None:
+def _check_room(directory: Path, layout: _Layout, *, done: int, split: str, progress: bool) -> None:
     free = shutil.disk_usage(directory).free
+    needed = (layout.num_pictures - done) * sum(layout.row_bytes)
     text = (
-        f"features of {layout.num_pictures} pictures ({split}), "
-        f"{layout.patch_shape[0]} patches of width {layout.patch_shape[1]} in {layout.dtype}: {_size(layout.num_bytes)}"
+        f"features of {layout.num_pictures} pictures ({split}), {layout.patch_shape[0]} patches of width {layout.patch_shape[1]} "
+        f"in {layout.dtype}: {_size(layout.num_pictures * sum(layout.row_bytes))}"
     )
-    if layout.num_bytes > free:
+    if needed > free:
         raise OSError(f"{directory}: no room for the {text}; {_size(free)} are free. Free some, or set another cache folder")
     if progress:
-        Console(stderr=True).print(f"Caching {text}, {_size(free)} free in {directory}", highlight=False, markup=False)
+        resumed = f", {done} of them done before" if done else ""
+        Console(stderr=True).print(f"Caching {text}{resumed}; {_size(free)} free in {directory}", highlight=False, markup=False)
 
 
 def _encode(
@@ -212,45 +242,120 @@ def _encode(
     *,
     encoder: PatchEncoder,
     prepare: Callable[[ConceptSample], ConceptSample],
+    start: int,
     batch_size: int,
     progress: bool,
-) -> Iterator[tuple[int, PatchFeatures]]:
-    """(first row, features of its batch), in order, without gradients, on the CPU."""
-    weight = next(encoder.parameters(), None) if isinstance(encoder, torch.nn.Module) else None
+) -> Iterator[PatchFeatures]:
+    """The features of the rows from `start` on, batch by batch, without gradients, on the CPU."""
+    module = encoder if isinstance(encoder, nn.Module) else None
+    weight = next(module.parameters(), None) if module else None
     device = weight.device if weight is not None else torch.device("cpu")
-    was_training = isinstance(encoder, torch.nn.Module) and encoder.training
-    if isinstance(encoder, torch.nn.Module):
-        encoder.eval()
+    was_training = module is not None and module.training
+    if module:
+        module.eval()
+
+    def load(row: int) -> Tensor:
+        picture = prepare(dataset.sample(row, masks=False)).image
+        if picture is None:
+            raise ValueError(f"{dataset.names[row]}: prepare gave no picture")
+        return picture
+
+    batches = [range(i, min(i + batch_size, len(dataset))) for i in range(start, len(dataset), batch_size)]
+    pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))  # pictures are decoded while the encoder works
     try:
-        starts = range(0, len(dataset), batch_size)
-        for start in track(starts, description=f"Encoding {dataset.split}", disable=not progress, console=Console(stderr=True)):
-            rows = range(start, min(start + batch_size, len(dataset)))
-            pictures = [prepare(dataset.sample(row, masks=False)).image for row in rows]
+        coming = [pool.submit(load, row) for row in batches[0]] if batches else []
+        description = f"Encoding {dataset.split}"
+        for i, _ in enumerate(track(batches, description=description, disable=not progress, console=Console(stderr=True))):
+            pictures = torch.stack([future.result() for future in coming]).to(device)
+            coming = [pool.submit(load, row) for row in batches[i + 1]] if i + 1 < len(batches) else []
             with torch.no_grad():
-                yield start, encoder(torch.stack([p for p in pictures if p is not None]).to(device)).to("cpu", torch.float32)
+                features = encoder(pictures).to("cpu", torch.float32)
+            yield features
     finally:
-        if isinstance(encoder, torch.nn.Module):
-            encoder.train(was_training)
+        pool.shutdown(wait=True, cancel_futures=True)
+        if module:
+            module.train(was_training)
 
 
-def _write(folder: Path, batches: Iterator[tuple[int, PatchFeatures]], layout: _Layout) -> None:
-    n = layout.num_pictures
-    files = {
-        name: np.lib.format.open_memmap(folder / name, mode="w+", dtype=np.dtype(layout.dtype), shape=shape)
-        for name, shape in zip(_FILES, ((n, *layout.patch_shape), (n, layout.global_width)))
-    }
-    limit = float(np.finfo(layout.dtype).max)
-    for start, features in batches:
-        for name, values in zip(_FILES, (features.patch_BND, features.global_BD)):
-            largest = float(values.abs().max())
-            if not largest <= limit:  # also catches NaN
-                raise ValueError(
-                    f"features of the pictures {start} to {start + len(values) - 1} reach {largest:g}; {layout.dtype} holds finite values "
-                    f"up to {limit:g}. " + ("Use float32" if largest < float("inf") else "Check the encoder's weights and preprocessing")
-                )
-            files[name][start : start + len(values)] = values.numpy().astype(layout.dtype)
-    for file in files.values():
-        file.flush()
+class _Writer:
+    """Appends rows to the two files, and notes how many of them are safely on the disk.
+
+    Written through a file handle, not through a memory map: a full disk is an OSError here and a killed process there.
+    """
+
+    def __init__(self, folder: Path, layout: _Layout) -> None:
+        self.folder = folder
+        self.layout = layout
+        try:
+            self.num_rows = min(int(json.loads((folder / _PROGRESS).read_text())), layout.num_pictures)
+        except (FileNotFoundError, ValueError, TypeError):
+            self.num_rows = 0
+        self._headers = [_header(shape, layout.dtype) for shape in layout.shapes]
+        for name, header, row_bytes in zip(_FILES, self._headers, layout.row_bytes):
+            if self.num_rows and (folder / name).stat().st_size < len(header) + self.num_rows * row_bytes:
+                self.num_rows = 0
+
+    def write(self, batches: Iterator[PatchFeatures]) -> None:
+        """Append the features of `batches`, cutting what a killed process wrote beyond the noted rows.
+
+        Raises:
+            ValueError: Features that the type cannot hold.
+        """
+        with ExitStack() as stack:
+            stack.callback(batches.close) if isinstance(batches, Generator) else None
+            files = []
+            for name, header, row_bytes in zip(_FILES, self._headers, self.layout.row_bytes):
+                file = stack.enter_context((self.folder / name).open("r+b" if self.num_rows else "wb"))
+                if not self.num_rows:
+                    file.write(header)
+                file.seek(len(header) + self.num_rows * row_bytes)
+                file.truncate()
+                files.append(file)
+            noted = time.monotonic()
+            try:
+                for features in batches:
+                    for file, values in zip(files, (features.patch_BND, features.global_BD)):
+                        self._check_range(values)
+                        file.write(np.ascontiguousarray(values.numpy().astype(self.layout.dtype)).data)
+                    self.num_rows += len(features.global_BD)
+                    if time.monotonic() - noted > _NOTE_SECONDS:
+                        self._note(files)
+                        noted = time.monotonic()
+            finally:
+                self._note(files)
+
+    def _note(self, files: list[BinaryIO]) -> None:
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+        (self.folder / _PROGRESS).write_text(str(self.num_rows))
+
+    def _check_range(self, values: Tensor) -> None:
+        largest, limit = float(values.abs().max()), float(np.finfo(self.layout.dtype).max)
+        if largest <= limit:
+            return
+        advice = "cache them as float32" if largest < float("inf") else "check the encoder's weights and preprocessing"
+        rows = f"{self.num_rows} to {self.num_rows + len(values) - 1}"
+        raise ValueError(f"features of the pictures {rows} reach {largest:g}, {self.layout.dtype} holds up to {limit:g}; {advice}")
+
+
+def _header(shape: tuple[int, ...], dtype: FeatureType) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Only one process at a time is inside, where the system has flock; the lock ends with its process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with lock.open("w") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

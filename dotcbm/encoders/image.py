@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 
 from dotcbm.encoders.timm_tower import timm_from_blueprint, timm_from_directory, timm_from_name
 from dotcbm.encoders.tower import Tower
-from dotcbm.encoders.weights import MissingWeightsError
+from dotcbm.encoders.weights import MissingWeightsError, weights_digest
 from dotcbm.structures import PatchFeatures, Preprocessing, ResizeMode
 
 __all__ = ["ImageEncoder", "MissingWeightsError"]
@@ -123,17 +121,12 @@ class ImageEncoder(nn.Module):
 
     def fingerprint(self) -> str:
         """A sha256 over architecture, layer, preprocessing and every weight; not over the name or the folder they came from."""
-        digest = hashlib.sha256()
         told = {
             "blueprint": {key: value for key, value in self.blueprint.items() if key != "preprocessing"},
             "layer": self.settings["layer"],
             "preprocessing": self.preprocessing.to_dict(),
         }
-        digest.update(json.dumps(told, sort_keys=True).encode())
-        for key, value in sorted(self.tower.state_dict().items()):
-            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return weights_digest(self.tower.state_dict(), told=told)
 
     def _probe(self) -> tuple[tuple[int, int], int, int]:
         height, width = self.preprocessing.size

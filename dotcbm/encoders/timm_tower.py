@@ -17,9 +17,10 @@ import safetensors
 import timm
 import timm.models
 from safetensors.torch import load_file
+from timm.data.config import resolve_model_data_config
 from torch import Tensor, hub, nn
 
-from dotcbm.encoders.tower import Tower, interpolation_of, map_patches
+from dotcbm.encoders.tower import Tower, channels, interpolation_of, map_patches
 from dotcbm.encoders.weights import MissingWeightsError, cached_on_hub, near_matches
 from dotcbm.structures import PatchFeatures, Preprocessing
 
@@ -41,6 +42,7 @@ class TimmTower(nn.Module):
         super().__init__()
         self.model = model
         self.layer = layer
+        self.is_transformer = hasattr(model, "num_prefix_tokens")
         self.is_nhwc = getattr(model, "output_fmt", "NCHW") == "NHWC"
         has_cls = getattr(model, "cls_token", None) is not None
         self.num_prefix_tokens: int = getattr(model, "num_prefix_tokens", int(has_cls))
@@ -54,7 +56,7 @@ class TimmTower(nn.Module):
             if self.num_prefix_tokens and "return_prefix_tokens" in known:
                 self.intermediate_arguments["return_prefix_tokens"] = True
             # As DINOv2's get_intermediate_layers does it. Stages of a hierarchy have other widths than the last norm.
-            if hasattr(model, "num_prefix_tokens") and "norm" in known:
+            if self.is_transformer and "norm" in known:
                 self.intermediate_arguments["norm"] = True
 
     def forward(self, image_B3HW: Tensor) -> PatchFeatures:
@@ -65,21 +67,26 @@ class TimmTower(nn.Module):
         """
         if self.layer is None:
             features = self.model.forward_features(image_B3HW)  # pyright: ignore[reportCallIssue]
-            if not isinstance(features, Tensor) or features.ndim not in (3, 4):
-                raise ValueError(
-                    f"{type(self.model).__name__} gives no single feature map or token sequence; choose another encoder or a layer"
-                )
-            if features.ndim == 4:
-                map_BDHW = features.permute(0, 3, 1, 2) if self.is_nhwc else features
-                return self._of_map(map_BDHW, None)
-            prefix_BPD, patch_BND = features.tensor_split([self.num_prefix_tokens], dim=1)
-            grid = _grid_of(patch_BND.shape[1], size=(image_B3HW.shape[2], image_B3HW.shape[3]))
-            return self._of_patches(patch_BND, prefix_BPD, grid)
+            return self.split(features, size=(image_B3HW.shape[2], image_B3HW.shape[3]))
         (found,) = self.model.forward_intermediates(  # pyright: ignore[reportCallIssue]
             image_B3HW, indices=[self.layer], stop_early=True, intermediates_only=True, output_fmt="NCHW", **self.intermediate_arguments
         )
         map_BDHW, prefix_BPD = found if isinstance(found, tuple) else (found, None)
         return self._of_map(map_BDHW, prefix_BPD)
+
+    def split(self, features: Tensor, *, size: tuple[int, int]) -> PatchFeatures:
+        """What the model's `forward_features` gave for pictures of (height, width) `size`, as patches and a global token.
+
+        Raises:
+            ValueError: It is no single map and no grid of tokens.
+        """
+        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+            kind = type(self.model).__name__
+            raise ValueError(f"{kind} gives no single feature map or token sequence; choose another encoder or a layer")
+        if features.ndim == 4:
+            return self._of_map(features.permute(0, 3, 1, 2) if self.is_nhwc else features, None)
+        prefix_BPD, patch_BND = features.tensor_split([self.num_prefix_tokens], dim=1)
+        return self._of_patches(patch_BND, prefix_BPD, _grid_of(patch_BND.shape[1], size=size))
 
     def _of_map(self, map_BDHW: Tensor, prefix_BPD: Tensor | None) -> PatchFeatures:
         return self._of_patches(map_patches(map_BDHW), prefix_BPD, (map_BDHW.shape[2], map_BDHW.shape[3]))
@@ -185,12 +192,12 @@ def _without_classifier(model: nn.Module) -> nn.Module:
 
 
 def _tower(model: nn.Module, *, architecture: str, arguments: dict[str, Any], image_size: int | None, layer: int | None) -> Tower:
-    data = timm.data.resolve_model_data_config(model)  # pyright: ignore[reportArgumentType]
+    data = resolve_model_data_config(model)
     _, height, width = data["input_size"]
     preprocessing = Preprocessing(
         size=(image_size, image_size) if image_size else (height, width),
-        mean=tuple(data["mean"]),
-        std=tuple(data["std"]),
+        mean=channels(data["mean"]),
+        std=channels(data["std"]),
         interpolation=interpolation_of(data["interpolation"], name=architecture),
         resize="crop",
         crop_fraction=float(data["crop_pct"]),

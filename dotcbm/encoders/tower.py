@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dotcbm.structures import Preprocessing
 
-__all__ = ["Tower", "interpolation_of", "map_patches"]
+__all__ = ["Tower", "channels", "interpolation_of", "map_patches"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,17 @@ class Tower:
 def map_patches(map_BDHW: Tensor) -> Tensor:
     """(B, H * W, D) patches of a feature map, row by row."""
     return map_BDHW.flatten(2).transpose(1, 2)
+
+
+def channels(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean or standard deviation of the three channels.
+
+    Raises:
+        ValueError: Another number of channels.
+    """
+    if len(values) != 3:
+        raise ValueError(f"the encoder reads {len(values)} channels; pictures have 3 (RGB)")
+    return float(values[0]), float(values[1]), float(values[2])
 
 
 def interpolation_of(kinds: Sequence[str] | str, *, name: str) -> Literal["bilinear", "bicubic", "nearest"]:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
-__all__ = ["MissingWeightsError", "cached_on_hub", "near_matches", "offline"]
+import torch
+from torch import Tensor
+
+__all__ = ["MissingWeightsError", "cached_on_hub", "near_matches", "offline", "weights_digest"]
 
 
 class MissingWeightsError(FileNotFoundError, ValueError):
@@ -59,3 +65,12 @@ def offline(enabled: bool) -> Iterator[None]:
     # The environment variable HF_HUB_OFFLINE is read once, when huggingface_hub is imported; the constant is read every time.
     with mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
         yield
+
+
+def weights_digest(state: Mapping[str, Tensor], *, told: Mapping[str, Any]) -> str:
+    """A sha256 over the names, types, shapes and bytes of tensors, and over the JSON values `told`."""
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for key, value in sorted(state.items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
