@@ -112,13 +112,11 @@ def _normalised(picture_3HW: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def _key_points(xy_P2: Tensor, canvas: tuple[int, int]) -> Tensor:
-    make: Callable[..., Tensor] = KeyPoints  # its stubs describe Tensor.__init__
-    return make(xy_P2, canvas_size=canvas)
+    return KeyPoints(xy_P2, canvas_size=canvas)  # pyright: ignore[reportCallIssue]  # its stubs describe Tensor.__init__
 
 
 def _boxes(box_X4: Tensor, canvas: tuple[int, int]) -> Tensor:
-    make: Callable[..., Tensor] = BoundingBoxes
-    return make(box_X4, format=BoundingBoxFormat.XYXY, canvas_size=canvas)
+    return BoundingBoxes(box_X4, format=BoundingBoxFormat.XYXY, canvas_size=canvas)  # pyright: ignore[reportCallIssue]  # as above
 
 
 @dataclass(frozen=True)
