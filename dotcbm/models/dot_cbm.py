@@ -30,13 +30,13 @@ from dotcbm.models.concept_embedding import ConceptEmbedding
 from dotcbm.models.readout import Readout, ReadoutKind, ValueOn
 from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
 from dotcbm.transport.cost import add_null, cosine_similarity
-from dotcbm.transport.priors import ConceptPriorKind, PatchPriorKind, concept_prior, patch_prior
+from dotcbm.transport.priors import ConceptPrior, PatchPrior, concept_prior, patch_prior
 from dotcbm.transport.sinkhorn import Solver, sinkhorn
 
 __all__ = ["DotCBM"]
 
 
-def _gamma(problem: Problem, kind: ConceptPriorKind, *, temperature: float) -> Tensor:
+def _gamma(problem: Problem, kind: ConceptPrior, *, temperature: float) -> Tensor:
     return concept_prior(kind, problem.concepts, temperature=temperature, frequency_M=problem.concept_frequency_M)
 
 
@@ -52,10 +52,10 @@ class DotCBM(Bottleneck):
         dim: int = 256,
         adapter: AdapterKind = "mlp",
         dropout: float = 0.4,
-        patch_prior: PatchPriorKind = "norm",
+        patch_prior: PatchPrior = "norm",
         patch_temperature: float = 0.5,
         patch_floor: float = 0.0,
-        concept_prior: ConceptPriorKind = "uniform",
+        concept_prior: ConceptPrior = "uniform",
         concept_temperature: float = 1.0,
         null_concept: float = 0.5,
         null_patch: float = 0.0,
@@ -125,7 +125,7 @@ class DotCBM(Bottleneck):
         if eps <= 0 or iterations < 1:
             raise ValueError(f"eps and iterations must be positive, got eps={eps} and iterations={iterations}")
         num_concepts = problem.concepts.num_concepts
-        self.patch_prior: PatchPriorKind = patch_prior
+        self.patch_prior: PatchPrior = patch_prior
         self.patch_temperature = patch_temperature
         self.patch_floor = patch_floor
         self.null_concept = null_concept
@@ -158,7 +158,7 @@ class DotCBM(Bottleneck):
             features,
             temperature=self.patch_temperature,
             floor=self.patch_floor,
-            external_BN=features.saliency_BN,
+            external_BN=features.saliency_BN if self.patch_prior == "external" else None,
         )
         num_patches, num_concepts = cosine_BNM.shape[1:]
         cost, theta, gamma = 1 - cosine_BNM, theta_BN, self.gamma_M.expand(len(patch_BND), -1)
