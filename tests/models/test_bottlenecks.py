@@ -1,0 +1,207 @@
+"""What every bottleneck promises, and what DOT-CBM's departures from the paper rest on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dotcbm.models.base import Bottleneck
+from dotcbm.models.cbm import CBM
+from dotcbm.models.dot_cbm import DotCBM
+from dotcbm.models.dot_product import DotProduct
+from dotcbm.models.linear_probe import LinearProbe
+from dotcbm.structures import ConceptSet, PatchFeatures, Problem
+
+B, GRID, D, M, K = 3, (4, 5), 16, 6, 4
+N = GRID[0] * GRID[1]
+
+BOTTLENECKS: dict[str, Callable[[Problem], Bottleneck]] = {
+    "probe": LinearProbe,
+    "cbm": CBM,
+    "mean": lambda p: DotProduct(p, pooling="mean", dim=8),
+    "max": lambda p: DotProduct(p, pooling="max", dim=8),
+    "softmax value": lambda p: DotProduct(p, pooling="softmax", readout="value", dim=8),
+    "softmax value adapted": lambda p: DotProduct(p, pooling="softmax", readout="value", value_on="adapted", dim=8),
+    "dot": lambda p: DotCBM(p, dim=8),
+    "dot cosine": lambda p: DotCBM(p, dim=8, readout="cosine", null_patch=0.3),
+    "dot adapted": lambda p: DotCBM(p, dim=8, value_on="adapted", null_concept=0.0, concept_prior="figure2"),
+    "dot relaxed": lambda p: DotCBM(p, dim=8, relax_concept=0.5, relax_patch=1.0, patch_prior="border"),
+    "dot paper": lambda p: DotCBM(p, dim=8, readout="paper", null_concept=0.0, patch_prior="cosine"),
+}
+
+
+def make_problem(*, text: bool = False) -> Problem:
+    generator = torch.Generator().manual_seed(0)
+    concepts = ConceptSet(
+        names=tuple(f"concept {j}" for j in range(M)),
+        class_names=tuple(f"class {k}" for k in range(K)),
+        class_concept_KM=torch.rand(K, M, generator=generator),
+    )
+    text_MD = torch.randn(M, 12, generator=generator) if text else None
+    return Problem(
+        patch_width=D,
+        global_width=D,
+        grid=GRID,
+        concepts=concepts,
+        text_MD=text_MD,
+        concept_frequency_M=concepts.class_concept_KM.mean(0),
+    )
+
+
+def make_features(seed: int = 0) -> PatchFeatures:
+    patch = torch.randn(B, N, D, generator=torch.Generator().manual_seed(seed))
+    return PatchFeatures(patch_BND=patch, global_BD=patch.mean(1), grid=GRID)
+
+
+@pytest.fixture(params=list(BOTTLENECKS))
+def bottleneck(request: pytest.FixtureRequest) -> Bottleneck:
+    torch.manual_seed(0)
+    return BOTTLENECKS[request.param](make_problem())
+
+
+def test_shapes_and_finite_gradients(bottleneck: Bottleneck) -> None:
+    bottleneck.train()
+    out = bottleneck(make_features())
+    assert out.concept_logit_BM.shape == (B, M)
+    assert out.class_logit_BK.shape == (B, K)
+    assert out.grid == GRID
+    loss = out.class_logit_BK.square().mean() + sum(out.losses.values())
+    loss.backward()
+    for name, parameter in bottleneck.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+
+
+def test_evidence_sums_to_the_logit(bottleneck: Bottleneck) -> None:
+    bottleneck.eval()
+    out, nothing = bottleneck(make_features()), bottleneck(make_features(1))
+    if out.evidence_BNM is None or nothing.evidence_BNM is None:
+        pytest.skip("this readout is no sum over patches")
+    # logit - evidence is the concept's bias: the same for every picture.
+    bias = out.concept_logit_BM - out.evidence_BNM.sum(1)
+    assert torch.allclose(bias, bias[:1].expand_as(bias), atol=1e-5)
+    assert torch.allclose(bias, nothing.concept_logit_BM - nothing.evidence_BNM.sum(1), atol=1e-5)
+
+
+def test_it_can_be_built_again_from_its_settings(bottleneck: Bottleneck) -> None:
+    twin = type(bottleneck)(bottleneck.problem, **bottleneck.settings)
+    twin.load_state_dict(bottleneck.state_dict())
+    bottleneck.eval()
+    twin.eval()
+    assert torch.equal(twin(make_features()).class_logit_BK, bottleneck(make_features()).class_logit_BK)
+
+
+def test_pictures_do_not_depend_on_their_neighbours(bottleneck: Bottleneck) -> None:
+    bottleneck.eval()
+    features = make_features()
+    alone = PatchFeatures(features.patch_BND[1:2], features.global_BD[1:2], GRID)
+    assert torch.allclose(bottleneck(alone).class_logit_BK, bottleneck(features).class_logit_BK[1:2], atol=1e-5)
+
+
+def test_half_precision_features_are_read(bottleneck: Bottleneck) -> None:
+    bottleneck.eval()
+    full = bottleneck(make_features()).class_logit_BK
+    half = bottleneck(make_features().to(dtype=torch.float16)).class_logit_BK
+    assert half.dtype == torch.float32
+    assert torch.allclose(half, full, atol=2e-2)
+
+
+def test_the_printed_readout_is_degenerate_whatever_the_picture_shows() -> None:
+    torch.manual_seed(0)
+    model = BOTTLENECKS["dot paper"](make_problem()).eval()
+    out = model(make_features())
+    wild = model(PatchFeatures(100 * torch.randn(B, N, D), torch.randn(B, D), GRID))
+    assert out.gamma_BM is not None
+    top = torch.tensor(1.0).sigmoid()
+    bottom = (1 - 2 * out.gamma_BM[0] / N).sigmoid()
+    for probability in (out.concept_BM, wild.concept_BM):
+        assert (probability <= top + 1e-6).all()
+        assert (probability >= bottom - 1e-6).all()
+
+
+def test_the_printed_readout_at_the_paper_s_size_moves_by_a_hundred_thousandth() -> None:
+    mass, patches = 1 / 112, 18 * 18
+    low, high = (torch.sigmoid(torch.tensor(1 - bound, dtype=torch.float64)).item() for bound in (2 * mass / patches, 0.0))
+    assert round(low, 5) == 0.73105
+    assert round(high, 5) == 0.73106
+
+
+def test_plan_has_the_marginals_it_was_given() -> None:
+    torch.manual_seed(0)
+    model = DotCBM(make_problem(), dim=8, null_concept=0.0, eps=0.2, iterations=300, patch_floor=0.1).eval()
+    out = model(make_features())
+    assert out.plan_BNM is not None
+    assert out.theta_BN is not None
+    assert out.gamma_BM is not None
+    assert torch.allclose(out.plan_BNM.sum(2), out.theta_BN, atol=1e-5)
+    assert torch.allclose(out.plan_BNM.sum(1), out.gamma_BM, atol=1e-4)
+    assert torch.allclose(out.theta_BN.sum(1), torch.ones(B), atol=1e-5)
+
+
+def test_null_concept_takes_its_share_of_the_mass() -> None:
+    out = DotCBM(make_problem(), dim=8, null_concept=0.4, iterations=300).eval()(make_features())
+    assert out.plan_BNM is not None
+    assert torch.allclose(out.plan_BNM.sum((1, 2)), torch.full((B,), 0.6), atol=1e-3)
+
+
+def test_permuting_concepts_permutes_the_plan() -> None:
+    torch.manual_seed(0)
+    problem = make_problem(text=True)
+    model = DotCBM(problem, dim=8, readout="cosine").eval()
+    order = torch.randperm(M)
+    assert problem.text_MD is not None
+    shuffled = DotCBM(replace(problem, text_MD=problem.text_MD[order]), dim=8, readout="cosine").eval()
+    state = {k: v for k, v in model.state_dict().items() if not k.endswith("text_MD")}
+    shuffled.load_state_dict(state, strict=False)
+    plan, twin = model(make_features()).plan_BNM, shuffled(make_features()).plan_BNM
+    assert plan is not None
+    assert twin is not None
+    assert torch.allclose(plan[..., order], twin, atol=1e-6)
+
+
+def test_external_saliency_is_where_the_mass_is() -> None:
+    features = make_features()
+    mask = torch.zeros(B, N)
+    mask[:, 7] = 1
+    model = DotCBM(make_problem(), dim=8, patch_prior="external", patch_temperature=0.2).eval()
+    out = model(replace(features, saliency_BN=mask))
+    assert out.theta_BN is not None
+    assert (out.theta_BN.argmax(1) == 7).all()
+    with pytest.raises(ValueError, match="external"):
+        model(features)
+
+
+def test_uniform_weights_and_values_are_the_vanilla_cbm() -> None:
+    """The claim of `dotcbm.models.readout`: mean pooling with the value readout is the vanilla CBM."""
+    problem, features = make_problem(), make_features()
+    head = DotProduct(problem, pooling="mean", readout="value", dim=8).eval()
+    cbm = CBM(problem).eval()
+    with torch.no_grad():
+        cbm.concept.weight.copy_(head.readout.value.weight)
+        cbm.concept.bias.copy_(head.readout.beta_M)
+    assert torch.allclose(cbm(features).concept_logit_BM, head(features).concept_logit_BM, atol=1e-5)
+
+
+def test_linear_probe_reads_the_global_token() -> None:
+    problem, features = make_problem(), make_features()
+    probe = LinearProbe(problem).eval()
+    out = probe(features)
+    assert torch.allclose(out.class_logit_BK, probe.head(features.global_BD))
+    assert torch.equal(probe.head_input(features, out), features.global_BD)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"null_concept": 1.0}, "null_concept"),
+        ({"null_patch": -0.1}, "null_patch"),
+        ({"eps": 0.0}, "eps"),
+        ({"iterations": 0}, "iterations"),
+        ({"adapter": "identity", "dim": 7}, "identity"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DotCBM(make_problem(), **settings)  # pyright: ignore[reportArgumentType]
