@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from dotcbm.encoders.clip_tower import clip_checkpoint, read_clip_directory
@@ -28,6 +28,7 @@ from dotcbm.encoders.weights import MissingWeightsError, offline, weights_digest
 __all__ = ["TextEncoder"]
 
 _BATCH = 256
+_SENTENCE_FILES = (".json", ".txt", ".safetensors", ".bin", ".model")  # weights, configs and vocabularies; no cards or pictures
 
 
 class TextEncoder:
@@ -50,7 +51,7 @@ class TextEncoder:
         cache_dir: str | Path | None = None,
         allow_download: bool = False,
     ) -> None:
-        """No weight is read before `encode` or `fingerprint` is called.
+        """Nothing is read before `encode` or `fingerprint` is called, and the tower is built only for names that are not in the cache.
 
         Args:
             name: "open_clip/<arch>@<tag>" (the text tower that belongs to that image tower), "local-dir:<path>" of a folder in
@@ -79,7 +80,7 @@ class TextEncoder:
             "cache_dir": None if cache_dir is None else str(cache_dir),
             "allow_download": allow_download,
         }
-        self._loaded: tuple[nn.Module, Callable[[list[str]], Tensor]] | None = None
+        self._embed: Callable[[list[str]], Tensor] | None = None
 
     def encode(self, names: Sequence[str]) -> Tensor:
         """Embeddings of concept names.
@@ -110,9 +111,22 @@ class TextEncoder:
         return text_MD
 
     def fingerprint(self) -> str:
-        """A sha256 over the kind of tower and every weight of it; not over the templates, nor where the weights lie."""
-        module, _ = self._load()
-        return weights_digest(module.state_dict(), told={"kind": self.name.partition(":")[0].partition("/")[0]})
+        """A sha256 over the files of the tower (weights, config, vocabulary); not over the templates, nor where the files lie."""
+        told, paths = self._source()
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+        for name, path in sorted(paths.items()):
+            with path.open("rb") as opened:
+                digest.update(f"{name} {hashlib.file_digest(opened, 'sha256').hexdigest()}".encode())
+        return digest.hexdigest()
+
+    def _source(self) -> tuple[dict[str, Any], dict[str, Path]]:
+        """What is told of the tower beyond its files, and its files by name."""
+        if self.name.startswith("sentence:"):
+            directory = _sentence_directory(self.name)
+            files = [path for path in directory.rglob("*") if path.suffix in _SENTENCE_FILES and path.is_file()]
+            return {"kind": "sentence"}, {path.relative_to(directory).as_posix(): path for path in files}
+        _, model_cfg, path = _clip_source(self.name, allow_download=self.allow_download)
+        return {"kind": "open_clip", "model": model_cfg}, {"weights": path}
 
     def _key(self, names: Sequence[str]) -> str:
         told = {"encoder": self.fingerprint(), "templates": list(self.templates), "names": list(names)}
@@ -120,27 +134,27 @@ class TextEncoder:
 
     @torch.no_grad()
     def _compute(self, names: Sequence[str]) -> Tensor:
-        _, embed = self._load()
+        if self._embed is None:
+            is_sentence = self.name.startswith("sentence:")
+            self._embed = _sentence(self.name) if is_sentence else _open_clip(self.name, allow_download=self.allow_download)
         texts = [template.format(name) for template in self.templates for name in names]
-        parts = [functional.normalize(embed(texts[i : i + _BATCH]).float().cpu(), dim=-1) for i in range(0, len(texts), _BATCH)]
+        parts = [functional.normalize(self._embed(texts[i : i + _BATCH]).float().cpu(), dim=-1) for i in range(0, len(texts), _BATCH)]
         each_TMD = torch.cat(parts).unflatten(0, (len(self.templates), len(names)))
         return functional.normalize(each_TMD.mean(0), dim=-1)
 
-    def _load(self) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
-        if self._loaded is None:
-            if self.name.startswith("sentence:"):
-                self._loaded = _sentence(Path(self.name.removeprefix("sentence:")).expanduser())
-            else:
-                self._loaded = _open_clip(self.name, allow_download=self.allow_download)
-        return self._loaded
 
-
-def _sentence(directory: Path) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
+def _sentence_directory(name: str) -> Path:
+    directory = Path(name.removeprefix("sentence:")).expanduser()
     if not (directory / "modules.json").is_file():
-        missing = f"{directory / 'modules.json'} (no such file; SentenceTransformer.save writes it)"
         raise MissingWeightsError(
-            f"no sentence encoder in {directory}. Looked at:\n  - {missing}\nGive the folder of a model saved by sentence-transformers."
+            f"no sentence encoder in {directory}. Looked at:\n  - {directory / 'modules.json'} (no such file)\n"
+            "Give the folder of a model saved by sentence-transformers (SentenceTransformer.save writes it)."
         )
+    return directory
+
+
+def _sentence(name: str) -> Callable[[list[str]], Tensor]:
+    directory = _sentence_directory(name)
     from sentence_transformers import SentenceTransformer
 
     with offline(True):
@@ -153,22 +167,30 @@ def _sentence(directory: Path) -> tuple[nn.Module, Callable[[list[str]], Tensor]
     def embed(texts: list[str]) -> Tensor:
         return model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
 
-    return model, embed
+    return embed
 
 
-def _open_clip(name: str, *, allow_download: bool) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
-    import open_clip
-
+def _clip_source(name: str, *, allow_download: bool) -> tuple[str, dict[str, Any], Path]:
+    """(what open_clip calls it, its config, its weights)."""
     if name.startswith("local-dir:"):
         directory = Path(name.removeprefix("local-dir:")).expanduser()
         model_cfg, _, path = read_clip_directory(directory, pretrained=True)
         identifier = f"local-dir:{directory}"
     else:
-        identifier = name.removeprefix("open_clip/").partition("@")[0]
         model_cfg, _, path = clip_checkpoint(name.removeprefix("open_clip/"), pretrained=True, allow_download=allow_download)
+        identifier = name.removeprefix("open_clip/").partition("@")[0]
+    if path is None:
+        raise MissingWeightsError.of(name, ["the place that its config names, which is empty"])
+    return identifier, model_cfg, path
+
+
+def _open_clip(name: str, *, allow_download: bool) -> Callable[[list[str]], Tensor]:
+    import open_clip
+
+    identifier, model_cfg, path = _clip_source(name, allow_download=allow_download)
     with offline(not allow_download):
         try:
-            model = open_clip.create_model(
+            model: Any = open_clip.create_model(
                 identifier,
                 pretrained=None if identifier.startswith("local-dir:") else str(path),
                 force_quick_gelu=bool(model_cfg.get("quick_gelu", False)),
@@ -180,15 +202,13 @@ def _open_clip(name: str, *, allow_download: bool) -> tuple[nn.Module, Callable[
             ) from error
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"{path}: not the weights of {name} ({error})") from error
-    text = model if hasattr(model, "transformer") else model.text
+    del model.visual  # dead weight here
     model.requires_grad_(False).eval()
 
     def embed(texts: list[str]) -> Tensor:
         return model.encode_text(tokenizer(texts))
 
-    if text is model:
-        model.visual = None  # its tower is dead weight here, and no part of the fingerprint
-    return text, embed
+    return embed
 
 
 def _read(path: Path, *, key: str) -> Tensor:
