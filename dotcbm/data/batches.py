@@ -1,0 +1,235 @@
+"""Whole batches read at once, in an order that depends on nothing but a seed and the epoch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from dotcbm.data.features import FeatureCache
+from dotcbm.data.source import BadPictureError, ConceptDataset
+from dotcbm.data.transforms import collate, prepare_sample
+from dotcbm.structures import ConceptBatch, PatchFeatures, Preprocessing
+
+__all__ = ["Annotations", "EpochSampler", "Row", "Rows", "View", "make_loader", "mix_seed"]
+
+Annotations = Literal["all", "foreground", "labels"]
+View = Literal["plain", "flip"]
+Row = tuple[int, int]
+"""A row of a split and the number of the view it is shown in."""
+
+
+def mix_seed(*numbers: int) -> int:
+    """One seed below 2**63 from several small numbers, different whenever one of them is."""
+    mixed = 0
+    for number in numbers:
+        # The steps of splitmix64 (Steele et al. 2014), so that neighbouring seeds give unrelated streams.
+        mixed = (mixed + number + 0x9E3779B97F4A7C15) % 2**64
+        mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
+        mixed ^= mixed >> 31
+    return mixed % 2**63
+
+
+class EpochSampler(DistributedSampler[list[Row]]):
+    """Lists of rows, one list a batch: of this process's share of the split.
+
+    Order and views of epoch e depend on (seed, e) and not on the number of processes: batch i of all processes together is
+    the i-th stretch of one permutation. The share of the last batch is padded by repetition, so that all processes make
+    the same number of steps.
+
+    It is a DistributedSampler so that Lightning keeps it and calls `set_epoch`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[ConceptBatch],
+        *,
+        num_rows: int,
+        batch_size: int,
+        num_views: int = 1,
+        shuffle: bool = False,
+        seed: int = 0,
+        world_size: int = 1,
+        rank: int = 0,
+    ) -> None:
+        """Args:
+        dataset: What is sampled.
+        num_rows: Its rows.
+        batch_size: Rows in a batch of this process.
+        num_views: Views that a row can be shown in; one is drawn for each row in each epoch if `shuffle`, else it is the first.
+        shuffle: Draw a new order in each epoch.
+        seed: Of order and views.
+        world_size, rank: How many processes share the rows, and which this is.
+        """
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.num_views = num_views
+
+    def __len__(self) -> int:
+        share = -(-self.num_rows // self.num_replicas)
+        return -(-share // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        order_N, view_N = torch.arange(self.num_rows), torch.zeros(self.num_rows, dtype=torch.long)
+        if self.shuffle:
+            drawn = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+            order_N = torch.randperm(self.num_rows, generator=drawn)
+            view_N = torch.randint(self.num_views, (self.num_rows,), generator=drawn)
+        missing = -self.num_rows % self.num_replicas
+        order = torch.cat([order_N, order_N.repeat(-(-missing // self.num_rows))[:missing]])[self.rank :: self.num_replicas]
+        for rows in order.split(self.batch_size):
+            yield list(zip(rows.tolist(), view_N[rows].tolist()))
+
+
+class Rows(Dataset[ConceptBatch]):
+    """A split as a map from lists of rows to batches.
+
+    With caches a batch holds features and pictures are not decoded; without, it holds prepared pictures.
+    """
+
+    def __init__(
+        self,
+        dataset: ConceptDataset,
+        *,
+        preprocessing: Preprocessing,
+        views: Sequence[View] = ("plain",),
+        caches: Sequence[FeatureCache] | None = None,
+        annotations: Annotations = "all",
+        in_memory: bool = False,
+        skip_bad: bool = False,
+    ) -> None:
+        """Args:
+        dataset: The split.
+        preprocessing: Of the encoder.
+        views: What the view numbers of rows mean.
+        caches: The features of each view.
+        annotations: "labels" gives only labels and concepts (the batch's `size_B2` is then the input's), "foreground" adds
+            points, box and the object's mask, "all" adds the part masks.
+        in_memory: Keep what was read: features, and annotations as they were prepared.
+        skip_bad: Leave undecodable pictures out of their batch, with a warning, instead of raising.
+        """
+        if annotations == "foreground":
+            dataset = replace(dataset, read_part_masks=None)
+        self.dataset = dataset
+        self.preprocessing = preprocessing
+        self.views = tuple(views)
+        self.caches = caches
+        self.annotations = annotations
+        self.skip_bad = skip_bad
+        self._resident = [cache.read(range(len(cache))) for cache in caches] if caches and in_memory else None
+        self._kept: dict[tuple[Row, ...], ConceptBatch] | None = {} if in_memory and annotations != "labels" else None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: list[Row]) -> ConceptBatch:
+        if self.caches is None:
+            return self._pictures(index)
+        return replace(self._annotated(index), features=self._features(index))
+
+    def _features(self, index: list[Row]) -> PatchFeatures:
+        rows, views = torch.tensor(index).T
+        caches = self.caches or ()
+        if len(caches) == 1 and self._resident is None:
+            return caches[0].read(rows)
+        parts = [(views == number).nonzero()[:, 0] for number in range(len(caches))]
+        read = [self._read(number, rows[part]) for number, part in enumerate(parts) if len(part)]
+        back = torch.cat(parts).argsort()
+        if len(read) == 1:
+            return read[0]
+        return PatchFeatures(
+            patch_BND=torch.cat([features.patch_BND for features in read])[back],
+            global_BD=torch.cat([features.global_BD for features in read])[back],
+            grid=read[0].grid,
+        )
+
+    def _read(self, view: int, rows: Tensor) -> PatchFeatures:
+        if self._resident is not None:
+            resident = self._resident[view]
+            return PatchFeatures(patch_BND=resident.patch_BND[rows], global_BD=resident.global_BD[rows], grid=resident.grid)
+        assert self.caches is not None
+        return self.caches[view].read(rows)
+
+    def _annotated(self, index: list[Row]) -> ConceptBatch:
+        if self.annotations == "labels":
+            rows = [row for row, _ in index]
+            group_N = self.dataset.group_N
+            return ConceptBatch(
+                concepts_BM=self.dataset.concept_NM[rows],
+                label_B=self.dataset.label_N[rows],
+                index_B=torch.tensor(rows),
+                names=tuple(self.dataset.names[row] for row in rows),
+                size_B2=torch.tensor(self.preprocessing.size).expand(len(rows), 2),
+                group_B=None if group_N is None else group_N[rows],
+            )
+        key = tuple(index)
+        if self._kept is not None and key in self._kept:
+            return self._kept[key]
+        samples = [self.dataset.sample(row, image=False) for row, _ in index]
+        flips = [self.views[view] == "flip" for _, view in index]
+        batch = collate([prepare_sample(s, preprocessing=self.preprocessing, flip=flip) for s, flip in zip(samples, flips)])
+        if self._kept is not None:
+            self._kept[key] = batch
+        return batch
+
+    def _pictures(self, index: list[Row]) -> ConceptBatch:
+        samples = []
+        for row, view in index:
+            try:
+                sample = self.dataset.sample(row, masks=self.annotations != "labels")
+            except BadPictureError as error:
+                if not self.skip_bad:
+                    raise
+                warnings.warn(f"skipped: {error}", stacklevel=2)
+                continue
+            samples.append(prepare_sample(sample, preprocessing=self.preprocessing, flip=self.views[view] == "flip"))
+        return collate(samples) if samples else _empty(self.dataset)
+
+
+def _empty(dataset: ConceptDataset) -> ConceptBatch:
+    none = torch.zeros(0, dtype=torch.long)
+    return ConceptBatch(
+        concepts_BM=torch.zeros(0, dataset.concepts.num_concepts), label_B=none, index_B=none, names=(), size_B2=none.view(0, 2)
+    )
+
+
+def make_loader(
+    rows: Rows,
+    *,
+    batch_size: int,
+    shuffle: bool = False,
+    seed: int = 0,
+    num_workers: int = 0,
+    world_size: int = 1,
+    rank: int = 0,
+) -> DataLoader[ConceptBatch]:
+    """A loader of whole batches in the order of `EpochSampler`."""
+    sampler = EpochSampler(
+        rows,
+        num_rows=len(rows),
+        batch_size=batch_size,
+        num_views=len(rows.views),
+        shuffle=shuffle,
+        seed=seed,
+        world_size=world_size,
+        rank=rank,
+    )
+    return DataLoader(
+        rows,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        persistent_workers=num_workers > 0,
+    )
+
+
+def _as_is(batch: Any) -> ConceptBatch:
+    return batch

@@ -1,0 +1,372 @@
+"""Splits, loaders and the feature cache of one data set, as Lightning wants them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+
+import torch
+from lightning.pytorch import LightningDataModule
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dotcbm.data.batches import Annotations, Rows, View, make_loader, mix_seed
+from dotcbm.data.features import FeatureCache, cache_features
+from dotcbm.data.source import ConceptDataset, ConceptSource, read_picture
+from dotcbm.data.transforms import prepare_sample
+from dotcbm.structures import ConceptBatch, ConceptSet
+
+__all__ = ["ConceptDataModule"]
+
+_VALIDATION = 0x7A1  # separates the draw of the validation part from the other uses of the seed
+
+
+class ConceptDataModule(LightningDataModule):
+    """A source, split, cached and batched.
+
+    A frozen encoder's features are computed once, if there is a cache folder; the loaders then give features and decode no
+    picture. Every order and choice depends on the seed and the epoch alone.
+
+    Attributes:
+        skipped: Names of the pictures that the last prediction had to leave out.
+    """
+
+    def __init__(
+        self,
+        source: ConceptSource,
+        *,
+        batch_size: int = 128,
+        val_fraction: float = 0.15,
+        seed: int = 0,
+        num_workers: int = 0,
+        cache_dir: str | None = "cache",
+        views: list[View] | None = None,
+        evaluate_splits: list[str] | None = None,
+        foreground_in_training: bool = False,
+        in_memory: bool = False,
+        predict_files: list[str] | None = None,
+        predict_split: str = "test",
+    ) -> None:
+        """Args:
+        source: The data set.
+        batch_size: Pictures in a batch of each process; the paper's is 128.
+        val_fraction: Share of each training class that becomes the validation split, if the source has none; 0 for none.
+        seed: Of the validation part, of orders and of views.
+        num_workers: Processes that read batches.
+        cache_dir: Where the features of frozen encoders lie; None runs the encoder in every step.
+        views: How training pictures are shown: ["plain"] (the default), or ["plain", "flip"] to mirror every other one.
+        evaluate_splits: What `test` evaluates; every split but "train" and "val" by default.
+        foreground_in_training: Read the object masks in training too, for bottlenecks whose patch prior is "external".
+        in_memory: Keep features and masks in memory once they are read.
+        predict_files: What `predict` reads: pictures, and folders of pictures.
+        predict_split: What it reads without `predict_files`.
+
+        Raises:
+            ValueError: A size, share, view or split that makes no sense.
+        """
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; a batch needs at least one picture")
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction is {val_fraction}; it is a share of the training pictures in [0, 1)")
+        views = ["plain"] if views is None else views
+        if not views or views[0] != "plain" or len(set(views)) < len(views) or set(views) - {"plain", "flip"}:
+            raise ValueError(f"views is {views}; choose ['plain'] or ['plain', 'flip']")
+        unknown = sorted({*(evaluate_splits or ()), *([] if predict_files else [predict_split])} - set(source.splits))
+        if unknown:
+            raise ValueError(f"{type(source).__name__} has no split {unknown[0]!r}; it has {list(source.splits)}")
+        self.source = source
+        self.batch_size = batch_size
+        self.val_fraction = val_fraction
+        self.seed = seed
+        self.num_workers = num_workers
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self.views: tuple[View, ...] = tuple(views)
+        self.evaluate_splits = tuple(evaluate_splits or (split for split in source.splits if split not in ("train", "val")))
+        self.foreground_in_training = foreground_in_training
+        self.in_memory = in_memory
+        self.predict_files = predict_files
+        self.predict_split = predict_split
+        self.skipped: list[str] = []
+        self._encoder: PatchEncoder | None = None
+        self._datasets: dict[str, ConceptDataset] = {}
+        self._caches: dict[tuple[str, View], FeatureCache] = {}
+        self._rows: dict[tuple[str, str], Rows] = {}
+        self._predicted: ConceptDataset | None = None
+        self._seen: set[int] = set()
+
+    @property
+    def concepts(self) -> ConceptSet:
+        """The vocabulary."""
+        return self.source.concepts
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a validation split."""
+        return "val" in self.source.splits or self.val_fraction > 0
+
+    def use_encoder(self, encoder: PatchEncoder) -> None:
+        """Set whose preprocessing, and if it is frozen whose features, the loaders give. Lightning's `setup` calls it."""
+        if encoder is not self._encoder:
+            self._encoder = encoder
+            self._caches.clear()
+            self._rows.clear()
+
+    def setup(self, stage: str) -> None:
+        """Read the splits of a stage, and cache their features.
+
+        Raises:
+            ValueError: An empty split, or a class without a training picture.
+            BadPictureError: A picture that cannot be decoded, when features are cached.
+        """
+        if self.trainer is not None and (encoder := getattr(self.trainer.lightning_module, "encoder", None)) is not None:
+            self.use_encoder(encoder)
+        device = self.trainer.strategy.root_device if self.trainer is not None else None
+        if stage == "predict":
+            self._predicted = self._pictures_to_predict()
+            return
+        wanted: list[tuple[str, tuple[View, ...]]] = []
+        if stage in ("fit", "validate") and self.has_validation:
+            wanted.append(("val", ("plain",)))
+        if stage == "fit":
+            wanted.append(("train", self.views))
+        if stage == "test":
+            wanted.extend((split, ("plain",)) for split in self.evaluate_splits)
+        for split, views in wanted:
+            self.dataset(split)
+            for view in views:
+                self.cache(split, view=view, device=device)
+
+    def dataset(self, split: str) -> ConceptDataset:
+        """A split: "train" and "val" after the validation part was carved out, or one of the source's.
+
+        Raises:
+            ValueError: An empty split, or a class without a training picture.
+        """
+        if split not in self._datasets:
+            if split in ("train", "val") and "val" not in self.source.splits and self.val_fraction > 0:
+                self._datasets.update(self._carved())
+            else:
+                self._datasets[split] = self._checked(self.source.load(split))
+        return self._datasets[split]
+
+    def cache(self, split: str, *, view: View = "plain", device: torch.device | None = None) -> FeatureCache | None:
+        """The features of one view of a split; None for a trainable encoder or without a cache folder.
+
+        Args:
+            split: Its name.
+            view: How the pictures are shown.
+            device: Where to run the encoder if they must be computed; where it is by default.
+        """
+        encoder = self._known_encoder()
+        if self.cache_dir is None or getattr(encoder, "trainable", False):
+            return None
+        if (split, view) not in self._caches:
+    XX            try:
+                self._caches[split, view] = cache_features(
+                    self.dataset(split),
+                    encoder=encoder,
+                    prepare=partial(prepare_sample, preprocessing=encoder.preprocessing, flip=view == "flip"),
+                    directory=self.cache_dir,
+                    view=view,
+                )
+            finally:
+                encoder.to(home)
+        return self._caches[split, view]
+
+    def train_dataloader(self) -> DataLoader[ConceptBatch]:
+        """Shuffled batches of the training split; a new order and new views in each epoch."""
+        annotations = "foreground" if self.foreground_in_training else "labels"
+        return self._loader("train", annotations=annotations, views=self.views, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[ConceptBatch] | list[DataLoader[ConceptBatch]]:
+        """Batches of the validation split in order, without masks; no loader if there is no such split."""
+        if not self.has_validation:
+            return []
+        return self._loader("val", annotations="foreground" if self.foreground_in_training else "labels")
+
+    def test_dataloader(self) -> list[DataLoader[ConceptBatch]]:
+        """One loader for each of `evaluate_splits`, with all annotations."""
+        return [self._loader(split, annotations="all") for split in self.evaluate_splits]
+
+    def plain_loader(
+        self, split: str, *, annotations: Annotations = "labels", view: View = "plain"
+    ) -> DataLoader:
+        """All rows of a split once, in order, on this process, for work beside the training loop (fitting the head)."""
+        rows = self._split_rows(split, annotations=annotations, views=(view,))
+        return make_loader(rows, batch_size=self.batch_size, num_workers=0)
+
+    def predict_dataloader(self) -> DataLoader[ConceptBatch]:
+        """Pictures to predict; those that cannot be decoded are left out of their batch, which may leave it empty."""
+        if self._predicted is None:
+            self._predicted = self._pictures_to_predict()
+        self.skipped, self._seen = [], set()
+        preprocessing = self._known_encoder().preprocessing
+        rows = Rows(self._predicted, preprocessing=preprocessing, annotations="labels", skip_bad=True)
+        return self._made(rows)
+
+    def transfer_batch_to_device(self, batch: ConceptBatch, device: torch.device, dataloader_idx: int) -> ConceptBatch:
+        """Lightning's hook."""
+        del dataloader_idx
+        if self.trainer is not None and self.trainer.predicting:
+            self._seen.update(batch.index_B.tolist())
+        return batch.to(device)
+
+    def report_skipped(self) -> list[str]:
+        """Names of the pictures that the prediction just made left out; warns if there are any."""
+        if self._predicted is not None:
+            world_size, rank = self._share()
+            share = range(rank, len(self._predicted), world_size)
+            self.skipped = [self._predicted.names[row] for row in share if row not in self._seen]
+        if self.skipped:
+            shown = ", ".join(self.skipped[:20]) + (", ..." if len(self.skipped) > 20 else "")
+            num = len(self._predicted.names) if self._predicted is not None else 0
+            warnings.warn(f"{len(self.skipped)} of {num} pictures could not be decoded and were skipped: {shown}", stacklevel=2)
+        return self.skipped
+
+    def concept_frequency(self) -> Tensor:
+        """(M,) share of the training pictures that show a concept, among those where it is known; 0 where it never is."""
+        return self.dataset("train").concept_NM.nanmean(0).nan_to_num(0.0)
+
+    def class_weights(self) -> Tensor:
+        """(K,) weights n / (K n_k): every class counts the same, and the mean over the training pictures is 1."""
+        label_N = self.dataset("train").label_N
+        num_classes = self.concepts.num_classes
+        return len(label_N) / (num_classes * torch.bincount(label_N, minlength=num_classes).float())
+
+    def concept_pos_weights(self) -> Tensor:
+        """(M,) negatives / positives among the known training labels; 1 for a concept that does not vary."""
+        concept_NM = self.dataset("train").concept_NM
+        positive_M, negative_M = (concept_NM == 1).sum(0).float(), (concept_NM == 0).sum(0).float()
+        varies_M = (positive_M > 0) & (negative_M > 0)
+        return torch.where(varies_M, negative_M / positive_M.clamp(min=1), 1.0)
+
+    def _known_encoder(self) -> PatchEncoder:
+        if self._encoder is None:
+            raise ValueError("the loaders do not know which encoder they feed; run them with a Trainer, or call use_encoder first")
+        return self._encoder
+
+    def _loader(
+        self,
+        split: str,
+        *,
+        annotations: Annotations,
+        views: tuple[View, ...] = ("plain",),
+        shuffle: bool = False,
+    ) -> DataLoader[ConceptBatch]:
+        rows = self._split_rows(split, annotations=annotations, views=views)
+        return make_loader(rows, batch_size=self.batch_size, shuffle=shuffle, seed=self.seed, num_workers=self.num_workers, **self._share())
+
+    def _split_rows(self, split: str, *, annotations: Annotations, views: tuple[View, ...]) -> Rows:
+        key = (split, f"{annotations} {views}")
+        if key not in self._rows:
+            caches = [cache for view in views if (cache := self.cache(split, view=view)) is not None]
+            self._rows[key] = Rows(
+                self.dataset(split),
+                preprocessing=self._known_encoder().preprocessing,
+                views=views,
+                caches=caches or None,
+                annotations=annotations,
+                in_memory=self.in_memory,
+            )
+        return self._rows[key]
+
+    def _made(self, rows: Rows, *, shuffle: bool = False) -> DataLoader[ConceptBatch]:
+        world_size, rank = self._share()
+        return make_loader(
+            rows,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            world_size=world_size,
+            rank=rank,
+        )
+
+    def _share(self) -> tuple[int, int]:
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    def _carved(self) -> dict[str, ConceptDataset]:
+        whole = self._checked(self.source.load("train"))
+        drawn = torch.Generator().manual_seed(mix_seed(self.seed, _VALIDATION))
+        chosen: list[int] = []
+        for label in range(self.concepts.num_classes):
+            rows = (whole.label_N == label).nonzero()[:, 0]
+            # At least one of each class in both parts, as far as there are two.
+            num = min(max(round(len(rows) * self.val_fraction), 1), len(rows) - 1)
+            chosen.extend(rows[torch.randperm(len(rows), generator=drawn)[:num]].tolist())
+        held = set(chosen)
+        kept = [row for row in range(len(whole)) if row not in held]
+        return {"train": whole.subset(kept, split="train"), "val": self._checked(whole.subset(sorted(held), split="val"))}
+
+    def _checked(self, dataset: ConceptDataset) -> ConceptDataset:
+        source = type(self.source).__name__
+        if len(dataset) == 0:
+            hint = "; it is carved out of classes with two pictures at least" if dataset.split == "val" else ""
+            raise ValueError(
+                f"the split {dataset.split!r} of {source} is empty: it holds no picture{hint}. Check the split's table and filters"
+            )
+        if dataset.split == "train":
+            count_K = torch.bincount(dataset.label_N, minlength=self.concepts.num_classes)
+            missing = [self.concepts.class_names[k] for k in (count_K == 0).nonzero()[:, 0].tolist()]
+            if missing:
+                shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+                raise ValueError(
+                    f"{len(missing)} of {self.concepts.num_classes} classes of {source} have no training picture: {shown}. "
+                    "Add pictures of them, or take them out of the list of classes"
+                )
+        return dataset
+
+    def _pictures_to_predict(self) -> ConceptDataset:
+        if not self.predict_files:
+            return self._checked(self.source.load(self.predict_split))
+        paths = list(_picture_paths(self.predict_files))
+        if not paths:
+            raise ValueError(f"no pictures in {self.predict_files}; give picture files, or folders that hold some")
+        return ConceptDataset(
+            concepts=self.concepts,
+            split="predict",
+            names=tuple(str(path) for path in paths),
+            label_N=torch.full((len(paths),), -1),
+            concept_NM=torch.full((len(paths), self.concepts.num_concepts), torch.nan),
+            read_image=partial(_read_nth, tuple(paths)),
+            read_size=partial(_size_of_nth, tuple(paths)),
+        )
+
+
+@contextmanager
+def _placed(encoder: PatchEncoder, device: torch.device | None) -> Iterator[None]:
+    """The encoder on another device for a while."""
+    weight = next(encoder.parameters(), None) if isinstance(encoder, nn.Module) else None
+    if weight is None or device is None or not isinstance(encoder, nn.Module):
+        yield
+        return
+    home = weight.device
+    encoder.to(device)
+    try:
+        yield
+    finally:
+        encoder.to(home)
+
+
+def _picture_paths(given: Iterable[str]) -> Iterable[Path]:
+    known = Image.registered_extensions()
+    for path in map(Path, given):
+        if path.is_dir():
+            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in known)
+        else:
+            yield path
+
+
+def _read_nth(paths: tuple[Path, ...], row: int) -> Tensor:
+    return read_picture(paths[row])
+
+
+def _size_of_nth(paths: tuple[Path, ...], row: int) -> tuple[int, int]:
+    picture = _read_nth(paths, row)
+    return int(picture.shape[1]), int(picture.shape[2])
