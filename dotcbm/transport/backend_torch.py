@@ -54,8 +54,7 @@ def _balanced(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, *, eps: floa
         c_BM = torch.bmm(theta_BN.unsqueeze(1), S_BNM).squeeze(1)
         if num_iter == max_iter or (tol is not None and _below(tol, c_BM, gamma_BM)):
             break
-        c_BM = c_BM.where(absent_BM == 0, c_BM.new_ones(())).clamp_min(tiny)
-        v_BM = v_BM + log_gamma_BM - c_BM.log()
+        v_BM = v_BM + log_gamma_BM - c_BM.clamp_min(tiny).log()  # an absent concept's v stays masked, whatever it is
         num_iter += 1
 
     log_v_BM = v_BM + absent_BM

@@ -176,7 +176,8 @@ def _unlike_border(unit_BND: Tensor, grid: tuple[int, int]) -> Tensor:
     # A border patch is compared with the others: its cosine of 1 with itself says nothing.
     own_BN = border_N * unit_BND.square().sum(-1)
     similar_BN = (unit_BND * total_BD.unsqueeze(1)).sum(-1) - own_BN
-    return 1 - similar_BN / (border_N.sum() - border_N).clamp_min(1)
+    # The 1 of "1 - cosine" is lost in standardising; here it would only hide from it how large the rounding is.
+    return -similar_BN / (border_N.sum() - border_N).clamp_min(1)
 
 
 def _standardise(x: Tensor) -> Tensor:

@@ -90,12 +90,12 @@ def test_border_prior_equals_a_loop_and_finds_the_object_in_the_middle():
 
 
 @pytest.mark.parametrize("kind", ["cosine", "norm", "border", "external"])
-@pytest.mark.parametrize("value", [0.0, 0.1, 1e4])
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.7, 1e4 + 0.1])
 def test_a_constant_map_gives_the_uniform_prior_and_finite_gradients(kind, value):
-    patch = torch.full((2, 9, 3), value, requires_grad=True)
-    x = PatchFeatures(patch, torch.ones(2, 3), (3, 3))
+    patch = torch.full((2, 49, 3), value, requires_grad=True)
+    x = PatchFeatures(patch, torch.ones(2, 3), (7, 7))
     theta = prior(kind, x, temperature=0.01)
-    torch.testing.assert_close(theta, torch.full((2, 9), 1 / 9))
+    torch.testing.assert_close(theta, torch.full((2, 49), 1 / 49))
     theta.square().sum().backward()
     assert patch.grad is not None
     assert patch.grad.isfinite().all()

@@ -90,6 +90,19 @@ def test_saliency_so_small_that_its_products_underflow():
     assert theta.grad.isfinite().all()
 
 
+def test_mass_that_only_the_smallest_number_can_carry():
+    # Three concepts that only patch 0 likes, whose share of 1.4e-45 cannot be divided by three: sums of zero, no infinite potential.
+    cost = torch.full((1, 6, 4), 2.0)
+    cost[0, 0], cost[0, :, 3] = 0.0, 0.0
+    cost.requires_grad_()
+    theta = torch.tensor([1e-45, 0.2, 0.2, 0.2, 0.2, 0.2])
+    result = sinkhorn(cost, theta, torch.full((4,), 0.25), eps=0.01, max_iter=500)
+    torch.testing.assert_close(result.plan_BNM[0, 1:], torch.full((5, 4), 0.05), atol=1e-3, rtol=0)
+    result.plan_BNM.square().sum().backward()
+    assert cost.grad is not None
+    assert cost.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_cost_that_is_not_finite_names_the_picture(bad):
     cost, theta, gamma = problem(B=4)
@@ -138,6 +151,14 @@ def test_half_precision_inputs_are_accumulated_in_float32(dtype, relax):
     result.plan_BNM.square().sum().backward()
     assert cost.grad is not None
     assert cost.grad.dtype == dtype
+
+
+def test_rounded_marginals_are_brought_back_to_one_total():
+    cost, _, gamma = problem(N=196, M=30, dtype=torch.bfloat16)
+    theta = torch.full((2, 196), 1 / 196, dtype=torch.bfloat16)
+    assert (theta.double().sum(1) - gamma.double().sum()).abs().max() > 1e-3
+    result = sinkhorn(cost, theta, gamma, eps=0.2, tol=1e-4, max_iter=500)
+    assert (result.residual_B < 1e-4).all()
 
 
 def test_autocast_changes_nothing():

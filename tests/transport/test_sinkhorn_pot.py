@@ -100,3 +100,11 @@ def test_pot_takes_an_empty_batch_and_shared_marginals(relax):
     shared = sinkhorn(cost, theta[0], gamma[0], **options).plan_BNM
     single = sinkhorn(cost[1:], theta[:1], gamma[:1], **options).plan_BNM
     torch.testing.assert_close(shared[1:], single, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("tol", [1e-1, 1e-2, 1e-3])
+def test_pot_keeps_our_tolerance(tol):
+    cost, theta, gamma = problem(5, 2, 196, 30)
+    result = sinkhorn(cost, theta, gamma, eps=0.01, tol=tol, max_iter=3000, solver="pot")
+    assert result.num_iter < 3000
+    assert (result.residual_B < tol).all()
