@@ -161,7 +161,7 @@ class DotCBM(Bottleneck):
             external_BN=features.saliency_BN if self.patch_prior == "external" else None,
         )
         num_patches, num_concepts = cosine_BNM.shape[1:]
-        cost, theta, gamma = 1 - cosine_BNM, theta_BN, self.gamma_M.expand(len(patch_BND), -1)
+        cost, theta, gamma = 1 - cosine_BNM, theta_BN, self.gamma_M.expand(patch_BND.shape[0], -1)
         if self.null_cost is not None:
             cost, theta, gamma = add_null(
                 cost,

@@ -27,7 +27,7 @@ class LinearProbe(Bottleneck):
         """See `Bottleneck.forward`."""
         pooled = features.global_BD.to(self.head.weight.dtype)
         return ConceptOutput(
-            concept_logit_BM=pooled.new_zeros(len(pooled), self.problem.concepts.num_concepts),
+            concept_logit_BM=pooled.new_zeros(pooled.shape[0], self.problem.concepts.num_concepts),
             class_logit_BK=self.head(pooled),
             grid=features.grid,
         )
