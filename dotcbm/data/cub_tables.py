@@ -157,10 +157,15 @@ def _parse(text: bytes, path: Path, *, first: int) -> NDArray[np.int64]:
     lines = text.rstrip(b"\n").split(b"\n")
     if all(line.count(b" ") == 4 for line in lines):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # numpy's word for "there is text among the numbers": seen below
-            flat = np.fromstring(text.decode("latin-1"), sep=" ")
+            warnings.simplefilter("ignore", DeprecationWarning)  # numpy < 2.3 warns of words among the numbers, later ones raise
+            try:
+                flat = np.fromstring(text.decode("latin-1"), sep=" ")
+            except ValueError:
+                flat = np.empty(0)
         if flat.size == 5 * len(lines):
-            return flat.reshape(-1, 5)[:, :4].astype(np.int64)
+            values_R4 = flat.reshape(-1, 5)[:, :4]
+            if (values_R4 == np.trunc(values_R4)).all():
+                return values_R4.astype(np.int64)
     rows = np.empty((len(lines), 4), dtype=np.int64)
     for r, line in enumerate(lines):
         cells = line.split()

@@ -92,15 +92,16 @@ class Waterbirds(ConceptSource):
         chosen = [i for i, row in enumerate(self._rows) if SPLITS[row.split] == split]
         if not chosen:
             raise ValueError(f"{self._root / 'metadata.csv'}: no picture is in the {split} split")
+        known = self._vocabulary  # before the pictures: it says more of a wrong path
         rows = [self._rows[i] for i in chosen]
         paths = [self._root / row.filename for row in rows]
         check_files(paths, table=self._root / "metadata.csv")
         return ConceptDataset(
-            concepts=self.concepts,
+            concepts=known.concepts,
             split=split,
             names=tuple(row.filename for row in rows),
             label_N=torch.tensor([row.y for row in rows]),
-            concept_NM=self._vocabulary.species_SM[self._vocabulary.species_I[chosen]],
+            concept_NM=known.species_SM[known.species_I[chosen]],
             read_image=PictureReader(paths),
             read_size=_SizeReader(tuple(paths)),
             group_N=torch.tensor([2 * row.y + row.place for row in rows]),
