@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-
 import torch
 from lightning.pytorch import LightningDataModule
 from PIL import Image
@@ -19,7 +18,7 @@ from dotcbm.data.batches import Annotations, Rows, View, make_loader, mix_seed
 from dotcbm.data.features import FeatureCache, cache_features
 from dotcbm.data.source import ConceptDataset, ConceptSource, read_picture
 from dotcbm.data.transforms import prepare_sample
-from dotcbm.structures import ConceptBatch, ConceptSet
+from dotcbm.structures import ConceptBatch, ConceptSet, PatchEncoder
 
 __all__ = ["ConceptDataModule"]
 
@@ -167,7 +166,7 @@ class ConceptDataModule(LightningDataModule):
         if self.cache_dir is None or getattr(encoder, "trainable", False):
             return None
         if (split, view) not in self._caches:
-    XX            try:
+            with _placed(encoder, device):
                 self._caches[split, view] = cache_features(
                     self.dataset(split),
                     encoder=encoder,
@@ -175,8 +174,6 @@ class ConceptDataModule(LightningDataModule):
                     directory=self.cache_dir,
                     view=view,
                 )
-            finally:
-                encoder.to(home)
         return self._caches[split, view]
 
     def train_dataloader(self) -> DataLoader[ConceptBatch]:
@@ -194,9 +191,7 @@ class ConceptDataModule(LightningDataModule):
         """One loader for each of `evaluate_splits`, with all annotations."""
         return [self._loader(split, annotations="all") for split in self.evaluate_splits]
 
-    def plain_loader(
-        self, split: str, *, annotations: Annotations = "labels", view: View = "plain"
-    ) -> DataLoader:
+    def plain_loader(self, split: str, *, annotations: Annotations = "labels", view: View = "plain") -> DataLoader:
         """All rows of a split once, in order, on this process, for work beside the training loop (fitting the head)."""
         rows = self._split_rows(split, annotations=annotations, views=(view,))
         return make_loader(rows, batch_size=self.batch_size, num_workers=0)
@@ -260,7 +255,7 @@ class ConceptDataModule(LightningDataModule):
         shuffle: bool = False,
     ) -> DataLoader[ConceptBatch]:
         rows = self._split_rows(split, annotations=annotations, views=views)
-        return make_loader(rows, batch_size=self.batch_size, shuffle=shuffle, seed=self.seed, num_workers=self.num_workers, **self._share())
+        return self._made(rows, shuffle=shuffle)
 
     def _split_rows(self, split: str, *, annotations: Annotations, views: tuple[View, ...]) -> Rows:
         key = (split, f"{annotations} {views}")
