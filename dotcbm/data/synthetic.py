@@ -1,7 +1,7 @@
 """Drawn creatures on painted places: pictures of which everything is known, down to the pixel.
 
 `Synthetic` is a test bed. Concepts are the values of nine attributes ("striped body", "red wing"); each is seen on one part,
-whose visible pixels are known exactly. The class is a function of five of the attributes (`class_from_concepts`). An
+whose visible pixels are known exactly. The class is a function of seven of the attributes (`class_from_concepts`). An
 obstacle may hide a part, so that a concept can be true and not to be seen. The place behind the creature can be tied to the
 class with a chosen strength, and is cut loose again in the split "test_ood".
 
@@ -10,7 +10,7 @@ Picture i of a split depends on nothing but the seed, the split and i. Shape let
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from typing import Literal
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dotcbm.data.source import ConceptDataset, ConceptSource
 from dotcbm.data.synthetic_canvas import Canvas, Frame, Ink
-from dotcbm.data.synthetic_creature import ATTRIBUTES, PART_CENTRES, PARTS, Creature, Obstacle, draw_creature, draw_obstacle
+from dotcbm.data.synthetic_creature import ATTRIBUTES, OUTLINE, PART_CENTRES, PARTS, Creature, Obstacle, draw_creature, draw_obstacle
 from dotcbm.data.synthetic_scenes import SCENES, scene_window
 from dotcbm.structures import ConceptSet
 
@@ -31,13 +31,17 @@ CLASS_NAMES = (
     *("Alvin", "Bramble", "Cobbert", "Dapple", "Elgrim", "Fennick", "Gorlo", "Hickory"),
     *("Ivory", "Jumbel", "Kettle", "Lommer", "Mirrow", "Nimbus", "Orlop", "Pindle"),
 )
-_NUM_RULE = 5  # the first five attributes make the class
-# Each attribute pairs the eight classes off in its own way: five rounds of a tournament in which no pair meets twice.
-_CODES_8 = ("00000", "11111", "20222", "32130", "13023", "23331", "31302", "02213")
-# The points of the affine plane over four elements; each attribute is one of its five families of parallel lines.
+_NUM_RULE = 7  # the first seven attributes make the class, the others are free
+_MARGIN = 2  # so many more of its own concepts than of any other class does a creature have
+
+# Each attribute pairs the eight classes off in its own way, as the seven rounds of a tournament do: any two classes share
+# exactly one concept, and no two concepts come together in two classes.
+_CODES_8 = ("0000000", "1101111", "2210221", "3022122", "2332310", "3113303", "0321233", "1233032")
+# The points of the affine plane over four elements. Five attributes are its five families of parallel lines, the other two
+# part the points into sets of four of which no line holds three: any two classes share one concept or two.
 _CODES_16 = (
-    *("00000", "11110", "10221", "22320", "33230", "31022", "03123", "02212"),
-    *("12033", "32101", "21203", "13302", "20132", "30313", "23011", "01331"),
+    *("0000000", "1011111", "2112012", "3103123", "3022232", "1130220", "1223033", "0232101"),
+    *("2320103", "3331031", "3210322", "0121310", "2033330", "0313221", "1302313", "2201202"),
 )
 _STREAMS = {"train": 0, "val": 1, "test": 2, "test_ood": 2}  # test_ood shows the creatures of test
 
@@ -53,26 +57,21 @@ class _Recipe:
     clutter_uniform: NDArray[np.float64]
 
 
-def _class_codes(num_classes: int) -> tuple[str, ...]:
-    """For each class the values of the rule's five attributes. Any two classes share one value at most."""
-    return (_CODES_8 if num_classes <= 8 else _CODES_16)[:num_classes]
-
-
 def class_rule(num_classes: int = 8) -> Tensor:
-    """(K, M) in {0, 1}: the five concepts that make each class. See `class_from_concepts`."""
+    """(K, M) in {0, 1}: the seven concepts that make each class. See `class_from_concepts`."""
+    codes = (_CODES_8 if num_classes <= len(_CODES_8) else _CODES_16)[:num_classes]
     rule_KM = torch.zeros(num_classes, sum(len(a.values) for a in ATTRIBUTES))
-    for k, code in enumerate(_class_codes(num_classes)):
+    for k, code in enumerate(codes):
         for g, value in enumerate(code):
             rule_KM[k, sum(len(a.values) for a in ATTRIBUTES[:g]) + int(value)] = 1
     return rule_KM
 
 
 def class_from_concepts(concept_NM: Tensor, *, num_classes: int = 8) -> Tensor:
-    """The class of each row of concepts: the one with most of its five rule concepts present.
+    """The class of each row of concepts: the one with most of its seven rule concepts present.
 
-    Two classes differ in at least four of the five attributes. So the label is exact for full concept vectors, although one
-    attribute may have strayed from the class's (`Synthetic.variation`); and it stays exact when any one concept is missing,
-    or any three of a creature that has not strayed.
+    A creature may have strayed from its class in some attributes (`Synthetic.variation`), but it has at least two concepts
+    more of its own class than of any other. So the label is exact, and stays exact when any one concept is missing.
 
     Args:
         concept_NM: (N, M) in {0, 1}.
@@ -84,22 +83,38 @@ def class_from_concepts(concept_NM: Tensor, *, num_classes: int = 8) -> Tensor:
     return (concept_NM.float() @ class_rule(num_classes).T).argmax(dim=1)
 
 
+@lru_cache
+def _words(num_classes: int, variation: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """All words (W, 7) that a creature's rule attributes can spell, and (K, W) how probable each is in each class."""
+    sizes = [len(a.values) for a in ATTRIBUTES[:_NUM_RULE]]
+    word_WG = np.stack(np.unravel_index(np.arange(np.prod(sizes)), sizes), axis=1).astype(np.int64)
+    code_KG = class_rule(num_classes)[:, : sum(sizes)].reshape(num_classes, _NUM_RULE, -1).argmax(-1).numpy()
+    match_KW = (word_WG[None] == code_KG[:, None]).sum(-1)
+    probability_KW = (1 - variation) ** match_KW * (variation / 3) ** (_NUM_RULE - match_KW)
+    for k in range(num_classes):
+        rival_W = np.delete(match_KW, k, axis=0).max(axis=0)
+        probability_KW[k, match_KW[k] - rival_W < _MARGIN] = 0
+    return word_WG, probability_KW / probability_KW.sum(axis=1, keepdims=True)
+
+
+@lru_cache
 def _vocabulary(num_classes: int, variation: float) -> ConceptSet:
-    rule_KM = class_rule(num_classes)
-    columns = []
-    for g, rule_KV in enumerate(rule_KM.split([len(a.values) for a in ATTRIBUTES], dim=1)):
-        num_values = rule_KV.shape[1]
-        stray = variation / _NUM_RULE
-        strayed_KV = rule_KV * (1 - stray) + (1 - rule_KV) * stray / (num_values - 1)
-        columns.append(strayed_KV if g < _NUM_RULE else torch.full_like(rule_KV, 1 / num_values))
+    word_WG, probability_KW = _words(num_classes, variation)
+    shares = [np.stack([probability_KW[:, word_WG[:, g] == v].sum(1) for v in range(4)], axis=1) for g in range(_NUM_RULE)]
+    shares += [np.full((num_classes, len(a.values)), 1 / len(a.values)) for a in ATTRIBUTES[_NUM_RULE:]]
     return ConceptSet(
         names=tuple(v for a in ATTRIBUTES for v in a.values),
         class_names=CLASS_NAMES[:num_classes],
-        class_concept_KM=torch.cat(columns, dim=1),
+        class_concept_KM=torch.from_numpy(np.concatenate(shares, axis=1)).float().clamp(0, 1),
         groups=tuple(a.name for a in ATTRIBUTES for _ in a.values),
         part_names=PARTS,
         parts=tuple((a.part,) for a in ATTRIBUTES for _ in a.values),
     )
+
+
+@lru_cache
+def _cumulative(num_classes: int, variation: float) -> NDArray[np.float64]:
+    return _words(num_classes, variation)[1].cumsum(axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +131,8 @@ class Synthetic(ConceptSource):
         shortcut: Probability in [0, 1] that a creature stands on its class's own place; else the place is drawn evenly from
             all eight. Own places are shared by two classes beyond eight classes.
         occlusion: Probability in [0, 1] that an obstacle stands before the creature; it aims at a part drawn evenly.
-        variation: Probability in [0, 1] that one of the creature's five rule attributes has strayed from its class's value.
+        variation: Probability in [0, 0.5] of each of a creature's seven rule attributes to stray from its class's value, given that the
+            creature keeps two concepts more of its own class than of any other.
         seed: Of everything but the places' paintings.
         labels: What `concept_NM` calls true. "visible": the creature has the concept and at least `min_visible` of the part
             is unhidden. "class": the creature has it, seen or not.
@@ -130,7 +146,7 @@ class Synthetic(ConceptSource):
     num_classes: int = 8
     shortcut: float = 0.0
     occlusion: float = 0.4
-    variation: float = 0.2
+    variation: float = 0.3
     seed: int = 0
     labels: Literal["visible", "class"] = "visible"
     min_visible: float = 0.35
@@ -140,14 +156,18 @@ class Synthetic(ConceptSource):
             raise ValueError(f"num_classes is {self.num_classes}; there are 2 to {len(CLASS_NAMES)} kinds of creatures")
         if self.size < 64:
             raise ValueError(f"size is {self.size}; creatures need pictures of 64 pixels at least")
-        for name in ("shortcut", "occlusion", "variation", "min_visible"):
+        for name in ("shortcut", "occlusion", "min_visible"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a share in [0, 1]")
+        if not 0 <= self.variation <= 0.5:
+            raise ValueError(f"variation is {self.variation}; give a probability in [0, 0.5], beyond which classes are hard to tell")
         if self.min_visible == 0:
             raise ValueError("min_visible is 0, which calls hidden parts visible; use labels='class' for the truth regardless of sight")
         for name in ("num_train", "num_val", "num_test"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; a split needs at least one picture")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; give a whole number from 0 on")
         if self.labels not in ("visible", "class"):
             raise ValueError(f"labels is {self.labels!r}; choose 'visible' or 'class'")
 
@@ -226,35 +246,23 @@ class Synthetic(ConceptSource):
         r = np.random.Generator(np.random.PCG64(np.random.SeedSequence([*entropy, 0]))).random(68)
         label = row % self.num_classes
         free = tuple(int(r[g] * len(a.values)) for g, a in enumerate(ATTRIBUTES[_NUM_RULE:]))
-        scale = 0.345 + 0.075 * r[8]
-        frame = Frame(
-            origin=(
-                0.5 + (r[9] - 0.5) * 2 * max(0.5 - 1.13 * scale, 0.01),
-                0.5 + 0.06 * scale + (r[10] - 0.5) * 2 * max(0.5 - 1.04 * scale, 0.01),
-            ),
-            scale=scale,
-            angle=(r[11] - 0.5) * 0.44,
-            mirror=bool(r[12] < 0.5),
-        )
-        rule = [int(value) for value in _class_codes(self.num_classes)[label]]
-        if r[46] < self.variation:
-            g = int(r[47] * _NUM_RULE)
-            rule[g] = (rule[g] + 1 + int(r[45] * (len(ATTRIBUTES[g].values) - 1))) % len(ATTRIBUTES[g].values)
-        creature = Creature((*rule, *free), frame, tuple(r[16:30].tolist()))
+        frame = _placed(r[8:13])
+        drawn = np.searchsorted(_cumulative(self.num_classes, self.variation)[label], r[45] * (1 - 1e-9), side="right")
+        rule = tuple(_words(self.num_classes, self.variation)[0][drawn].tolist())
+        creature = Creature(rule + free, frame, tuple(r[16:30].tolist()))
         obstacle = None
         if r[13] < self.occlusion:
             part = PARTS[int(r[14] * len(PARTS))]
             kinds = ("branch", "cloud") if part in ("head", "crown", "mouth") else ("bush", "rock")
             centre = PART_CENTRES[part]
             x, y = frame.at(centre[0] + (r[31] - 0.5) * 0.3, centre[1] + (r[32] - 0.5) * 0.3)
-            obstacle = Obstacle(kinds[int(r[15] * 2)], (x, y), scale * (0.32 + 0.16 * r[33]), tuple(r[34:44].tolist()))
+            obstacle = Obstacle(kinds[int(r[15] * 2)], (x, y), frame.scale * (0.32 + 0.16 * r[33]), tuple(r[34:44].tolist()))
         ood = split == "test_ood"
         s = np.random.Generator(np.random.PCG64(np.random.SeedSequence([*entropy, 2 if ood else 1]))).random(8)
         own = label % len(SCENES)
-        if ood:
-            scene = (own + 1 + int(s[1] * (len(SCENES) - 1))) % len(SCENES)
-        else:
-            scene = own if s[0] < self.shortcut else int(s[1] * len(SCENES))
+        elsewhere = (own + 1 + int(s[1] * (len(SCENES) - 1))) % len(SCENES)
+        tied = own if s[0] < self.shortcut else int(s[1] * len(SCENES))
+        scene = elsewhere if ood else tied
         return _Recipe(creature, obstacle, scene, s[2:6], r[48:68])
 
     def _seen(self, recipe: _Recipe) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -268,21 +276,48 @@ class Synthetic(ConceptSource):
             draw_obstacle(canvas, recipe.obstacle)
         points_P3 = np.zeros((len(PARTS), 3), dtype=np.float32)
         rows, columns = np.nonzero(canvas.part_HW)
-        parts = canvas.part_HW[rows, columns]
-        x, y = canvas.x_W[columns], canvas.y_H[rows]
-        seen = np.bincount(parts, minlength=count)
+        if not len(rows):
+            return points_P3, np.zeros(4, dtype=np.float32)
+        part, x, y = canvas.part_HW[rows, columns], canvas.x_W[columns], canvas.y_H[rows]
+        seen = np.bincount(part, minlength=count)
         total = np.maximum(seen, 1)
-        mean_x, mean_y = np.bincount(parts, x, count) / total, np.bincount(parts, y, count) / total
-        away = (x - mean_x[parts]) ** 2 + (y - mean_y[parts]) ** 2
-        order = np.lexsort((away, parts))
-        first = order[np.searchsorted(parts[order], np.arange(1, count)).clip(max=max(len(order) - 1, 0))] if len(order) else order
-        for p in range(len(PARTS)):
-            if seen[p + 1] == 0:
-                continue
-            points_P3[p] = x[first[p]], y[first[p]], seen[p + 1] >= self.min_visible * whole[p + 1]
-        half = np.float32(0.5 / self.size)
-        box = np.array([x.min() - half, y.min() - half, x.max() + half, y.max() + half], np.float32) if len(x) else np.zeros(4, np.float32)
-        return points_P3, box
+        centre_x, centre_y = np.bincount(part, x, count) / total, np.bincount(part, y, count) / total
+        away = (x - centre_x[part]) ** 2 + (y - centre_y[part]) ** 2
+        away += np.where(_inside(canvas.part_HW, 2)[rows, columns], 0.0, 10.0)  # at the rim only if the part is all rim
+        order = np.lexsort((away, part))
+        nearest = order[np.searchsorted(part[order], np.arange(1, count)).clip(max=len(order) - 1)]
+        points_P3[:, 0], points_P3[:, 1] = x[nearest], y[nearest]
+        points_P3[:, 2] = seen[1:] >= np.maximum(self.min_visible * whole[1:], 1)
+        points_P3[seen[1:] == 0] = 0
+        half = np.float32(canvas.step / 2)
+        box_4 = np.array([x.min() - half, y.min() - half, x.max() + half, y.max() + half], dtype=np.float32)
+        return points_P3, box_4
+
+
+def _inside(part_HW: NDArray[np.uint8], margin: int) -> NDArray[np.bool_]:
+    """(H, W): whether all pixels of the square of side 2 * margin + 1 about a pixel are of its own part."""
+    inside = np.zeros(part_HW.shape, dtype=np.bool_)
+    width = 2 * margin + 1
+    across = np.ones((part_HW.shape[0], part_HW.shape[1] - 2 * margin), dtype=np.bool_)
+    centre = part_HW[:, margin:-margin]
+    for k in range(width):
+        across &= part_HW[:, k : k + across.shape[1]] == centre
+    core = inside[margin:-margin, margin:-margin]
+    core[:] = True
+    middle = centre[margin:-margin]
+    for k in range(width):
+        core &= across[k : k + len(core)] & (centre[k : k + len(core)] == middle)
+    return inside
+
+
+def _placed(uniform_5: NDArray[np.float64]) -> Frame:
+    """A frame of random scale, turn and mirror at a place where the whole creature is in the picture."""
+    turned = Frame(scale=0.345 + 0.07 * uniform_5[0], angle=(uniform_5[1] - 0.5) * 0.44, mirror=bool(uniform_5[2] < 0.5))
+    x, y = np.array([turned.at(*point) for point in OUTLINE]).T
+    shrink = min(1.0, 0.98 / float(np.ptp(x)), 0.98 / float(np.ptp(y)))
+    left, top = 0.01 - float(x.min()) * shrink, 0.01 - float(y.min()) * shrink
+    room_x, room_y = 0.98 - float(np.ptp(x)) * shrink, 0.98 - float(np.ptp(y)) * shrink
+    return replace(turned, scale=turned.scale * shrink, origin=(left + room_x * float(uniform_5[3]), top + room_y * float(uniform_5[4])))
 
 
 @lru_cache(maxsize=4)  # picture, foreground and masks of a row are asked for one after the other

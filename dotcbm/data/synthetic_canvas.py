@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import atan2, cos, hypot, sin
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Canvas", "Colour", "Frame", "Ink", "Pattern", "Point"]
+__all__ = ["Canvas", "Colour", "Floats", "Frame", "Ink", "Pattern", "Point"]
 
+Floats = NDArray[np.floating[Any]]  # float32, always
 Colour = tuple[float, float, float]
 Point = tuple[float, float]
 Pattern = Literal["plain", "stripes", "spots", "checks"]
@@ -79,9 +80,7 @@ class Canvas:
         part_HW: uint8; the number that the topmost shape at a pixel was painted with.
     """
 
-    def __init__(
-        self, size: tuple[int, int], *, image_3HW: NDArray[np.float32] | None = None, stride: int = 1, side: int | None = None
-    ) -> None:
+    def __init__(self, size: tuple[int, int], *, image_3HW: Floats | None = None, stride: int = 1, side: int | None = None) -> None:
         height, width = size
         self.side = side or height  # pixels that one unit of the picture's own coordinates spans
         self.x_W = (np.arange(stride // 2, width, stride, dtype=np.float32) + np.float32(0.5)) / np.float32(self.side)
@@ -127,7 +126,7 @@ class Canvas:
         if located is None:
             return
         box, u, v = located
-        distance: NDArray[np.float32] | None = None
+        distance: Floats | None = None
         for (au, av), (bu, bv), ra, rb in zip(local, local[1:], radii, radii[1:]):
             one = _capsule(u - np.float32(au), v - np.float32(av), (bu - au, bv - av), ra, rb)
             distance = one if distance is None else np.minimum(distance, one, out=distance)
@@ -136,7 +135,7 @@ class Canvas:
 
     def _locate(
         self, frame: Frame, centre: Point, angle: float, extent: tuple[float, float, float, float], soft: float
-    ) -> tuple[tuple[slice, slice], NDArray[np.float32], NDArray[np.float32]] | None:
+    ) -> tuple[tuple[slice, slice], Floats, Floats] | None:
         """The part of the canvas around a shape, and the shape's own coordinates there; None if it lies outside the picture."""
         a, b, c, d = frame.matrix()
         ca, sa = cos(angle), sin(angle)
@@ -154,9 +153,7 @@ class Canvas:
         u, v = self._coordinates(frame, centre, angle, box)
         return box, u, v
 
-    def _coordinates(
-        self, frame: Frame, centre: Point, angle: float, box: tuple[slice, slice]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def _coordinates(self, frame: Frame, centre: Point, angle: float, box: tuple[slice, slice]) -> tuple[Floats, Floats]:
         """Own coordinates, turned by `angle` about `centre`, of the pixels in `box`: each is a sum of a row and a column."""
         a, b, c, d = frame.matrix()
         det = a * d - b * c
@@ -166,17 +163,19 @@ class Canvas:
         va, vb = -sa * ia + ca * ic, -sa * ib + ca * id_
         x, y = frame.at(*centre)
         row, column = self.x_W[box[1]] - np.float32(x), (self.y_H[box[0]] - np.float32(y))[:, None]
-        return row * np.float32(ua) + column * np.float32(ub), row * np.float32(va) + column * np.float32(vb)
+        u = row * np.float32(ua) + column * np.float32(ub)
+        v = row * np.float32(va) + column * np.float32(vb)
+        return u, v
 
     def _paint(
         self,
         frame: Frame,
         box: tuple[slice, slice],
-        distance: NDArray[np.float32],
+        distance: Floats,
         ink: Ink,
         part: int | None,
-        u: NDArray[np.float32],
-        v: NDArray[np.float32],
+        u: Floats,
+        v: Floats,
     ) -> None:
         if part is not None:
             np.copyto(self.part_HW[box], part, where=distance < 0)
@@ -185,7 +184,7 @@ class Canvas:
         pixels = frame.scale * self.side  # pixels in one own unit
         cover = distance * np.float32(-pixels / ink.soft)
         cover += np.float32(0.5)
-        level: NDArray[np.float32] | np.float32 = np.float32(1)
+        level: Floats | np.float32 = np.float32(1)
         if ink.light:
             y = self.y_H[box[0]]
             top, bottom = 1 + ink.light * 0.15, 1 - ink.light * 0.85
@@ -196,7 +195,7 @@ class Canvas:
             inner = np.clip(cover - np.float32(ink.outline * pixels), np.float32(0), np.float32(1))
             level = (level - np.float32(0.28)) * inner + np.float32(0.28)
         np.clip(cover, np.float32(0), np.float32(1), out=cover)
-        colour: NDArray[np.float32] = np.asarray(ink.colour, dtype=np.float32)[:, None, None]
+        colour: Floats = np.asarray(ink.colour, dtype=np.float32)[:, None, None]
         if ink.pattern != "plain":
             wave = _pattern(u, v, ink, pixels)
             colour = colour + wave * (np.asarray(ink.second, dtype=np.float32)[:, None, None] - colour)
@@ -208,12 +207,12 @@ class Canvas:
         view += paint
 
 
-def _ramp(first: float, last: float, num: int) -> NDArray[np.float32]:
+def _ramp(first: float, last: float, num: int) -> Floats:
     """(num, 1) from first to last."""
     return (np.arange(num, dtype=np.float32) * np.float32((last - first) / num) + np.float32(first))[:, None]
 
 
-def _ellipse(u: NDArray[np.float32], v: NDArray[np.float32], a: float, b: float) -> NDArray[np.float32]:
+def _ellipse(u: Floats, v: Floats, a: float, b: float) -> Floats:
     """Distance to an ellipse, exact for circles and to first order at the ends of the axes' geometric mean."""
     if a == b:
         return np.sqrt(u * u + v * v) - np.float32(a)
@@ -221,7 +220,7 @@ def _ellipse(u: NDArray[np.float32], v: NDArray[np.float32], a: float, b: float)
     return (np.sqrt(p * p + q * q) - np.float32(1)) * np.float32((a * b) ** 0.5)
 
 
-def _capsule(u: NDArray[np.float32], v: NDArray[np.float32], end: Point, r0: float, r1: float) -> NDArray[np.float32]:
+def _capsule(u: Floats, v: Floats, end: Point, r0: float, r1: float) -> Floats:
     """Distance to a stroke from the origin to `end` whose radius goes from r0 to r1."""
     length = max(hypot(*end), 1e-6)
     h = u * np.float32(end[0] / length**2) + v * np.float32(end[1] / length**2)
@@ -233,7 +232,7 @@ def _capsule(u: NDArray[np.float32], v: NDArray[np.float32], end: Point, r0: flo
     return distance
 
 
-def _pattern(u: NDArray[np.float32], v: NDArray[np.float32], ink: Ink, pixels: float) -> NDArray[np.float32]:
+def _pattern(u: Floats, v: Floats, ink: Ink, pixels: float) -> Floats:
     """Share of the second colour at each pixel."""
     p = u * np.float32(1 / ink.period) + np.float32(ink.phase)
     sharp = np.float32(ink.period * pixels)

@@ -12,7 +12,7 @@ from math import cos, sin
 
 from dotcbm.data.synthetic_canvas import Canvas, Colour, Frame, Ink, Pattern, Point
 
-__all__ = ["ATTRIBUTES", "PARTS", "PART_CENTRES", "Attribute", "Creature", "Obstacle", "draw_creature", "draw_obstacle"]
+__all__ = ["ATTRIBUTES", "OUTLINE", "PARTS", "PART_CENTRES", "Attribute", "Creature", "Obstacle", "draw_creature", "draw_obstacle"]
 
 PARTS = ("tail", "legs", "body", "belly", "wing", "head", "crown", "mouth")
 
@@ -32,14 +32,14 @@ ATTRIBUTES = (
     Attribute("mouth shape", "mouth", ("beak", "snout", "trunk", "bill")),
     Attribute("wing colour", "wing", ("red wing", "blue wing", "yellow wing", "white wing")),
     Attribute("tail shape", "tail", ("curled tail", "fan tail", "round tail", "forked tail")),
-    Attribute("body colour", "body", ("green body", "orange body", "violet body")),
-    Attribute("head colour", "head", ("white head", "brown head", "teal head")),
+    Attribute("body colour", "body", ("green body", "orange body", "violet body", "grey body")),
+    Attribute("head colour", "head", ("white head", "brown head", "teal head", "golden head")),
     Attribute("belly colour", "belly", ("cream belly", "dark belly")),
     Attribute("leg colour", "legs", ("yellow legs", "black legs")),
 )
 
-_BODY: tuple[Colour, ...] = ((122, 176, 84), (232, 140, 62), (158, 118, 196))
-_HEAD: tuple[Colour, ...] = ((236, 232, 222), (134, 92, 64), (70, 160, 160))
+_BODY: tuple[Colour, ...] = ((122, 176, 84), (232, 140, 62), (158, 118, 196), (140, 146, 156))
+_HEAD: tuple[Colour, ...] = ((236, 232, 222), (134, 92, 64), (70, 160, 160), (236, 190, 84))
 _WING: tuple[Colour, ...] = ((208, 58, 54), (62, 104, 198), (240, 202, 70), (238, 238, 240))
 _BELLY: tuple[Colour, ...] = ((244, 226, 184), (74, 60, 66))
 _LEGS: tuple[Colour, ...] = ((238, 192, 64), (58, 54, 58))
@@ -54,6 +54,13 @@ PART_CENTRES: dict[str, Point] = {
     "crown": (0.36, -0.82),
     "mouth": (0.9, -0.26),
 }
+
+
+# Points round everything that a creature can have: where these are in the picture, all of it is.
+OUTLINE: tuple[Point, ...] = (
+    *((-1.16, 0.34), (-1.12, -0.2), (-1.0, -0.56), (0.0, -1.12), (0.82, -1.12)),
+    *((1.16, -0.3), (1.16, 0.26), (0.5, 1.0), (-0.4, 1.0)),
+)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from dotcbm.data.synthetic_canvas import Canvas, Colour, Frame, Ink
+from dotcbm.data.synthetic_canvas import Canvas, Colour, Floats, Frame, Ink
 
 __all__ = ["SCENES", "scene_window"]
 
@@ -18,7 +18,7 @@ _WIDE, _HIGH = 1.9, 1.35  # size of a painting, in pictures
 _ROOT = Frame()
 
 
-def scene_window(scene: int, size: int, uniform_4: NDArray[np.float64]) -> NDArray[np.float32]:
+def scene_window(scene: int, size: int, uniform_4: NDArray[np.float64]) -> Floats:
     """(3, size, size) float32 in 0..255: a window on `SCENES[scene]`, chosen, mirrored and lit by four numbers in [0, 1)."""
     picture = _painting(scene, int(uniform_4[0] * _VARIANTS), size)
     top = int(uniform_4[1] * (picture.shape[1] - size + 1))
@@ -31,7 +31,7 @@ def scene_window(scene: int, size: int, uniform_4: NDArray[np.float64]) -> NDArr
 
 
 @lru_cache(maxsize=64)
-def _painting(scene: int, variant: int, size: int) -> NDArray[np.float32]:
+def _painting(scene: int, variant: int, size: int) -> Floats:
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([20, scene, variant])))
     height, width = int(_HIGH * size), int(_WIDE * size)
     image = np.zeros((3, height, width), dtype=np.float32)
@@ -43,7 +43,7 @@ def _painting(scene: int, variant: int, size: int) -> NDArray[np.float32]:
     return image
 
 
-def _noise(canvas: Canvas, rng: np.random.Generator, cell_x: float, cell_y: float) -> NDArray[np.float32]:
+def _noise(canvas: Canvas, rng: np.random.Generator, cell_x: float, cell_y: float) -> Floats:
     """(H, W) smooth noise in [-1, 1] whose hills are `cell` pictures wide and high."""
     rows, columns = int(_HIGH / cell_y) + 3, int(_WIDE / cell_x) + 3
     knots = (rng.random((rows, columns)) * 2 - 1).astype(np.float32)
@@ -67,7 +67,7 @@ def _fill(canvas: Canvas, top: Colour, bottom: Colour, start: float, end: float)
     image[:, below] = colours[:, below]
 
 
-def _texture(canvas: Canvas, field: NDArray[np.float32], strength: float, start: float = 0.0) -> None:
+def _texture(canvas: Canvas, field: Floats, strength: float, start: float = 0.0) -> None:
     image = canvas.image_3HW
     assert image is not None
     below = canvas.y_H >= start
