@@ -182,9 +182,10 @@ class Explanation:
 
         After an intervention: the classes before and after it.
         """
-        from dotcbm.explain import plots
+        from dotcbm.explain.comparison import plot_comparison
+        from dotcbm.explain.plots import plot_explanation
 
-        return plots.plot_explanation(self, n=n) if self.before is None else plots.plot_comparison(self)
+        return plot_explanation(self, n=n) if self.before is None else plot_comparison(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: classes, and for each concept probability, weight, contribution, box, peak and map."""

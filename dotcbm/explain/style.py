@@ -30,24 +30,34 @@ __all__ = [
     "AGAINST",
     "FOR",
     "INK",
+    "LABELS",
     "LINE",
+    "MARGIN",
     "MUTED",
+    "NAME",
     "REST",
+    "SMALL",
+    "TITLE",
     "draw_heat",
     "draw_picture",
     "faded",
     "fit",
+    "heading",
     "heat_rgba",
     "new_figure",
     "percent",
     "place",
     "relative_heat",
+    "room_aspect",
     "signed",
     "wrapped",
 ]
 
 FOR, AGAINST, REST = "#0072B2", "#D55E00", "#9AA3AD"
 INK, MUTED, LINE = "#1F2933", "#66727F", "#D5DAE0"
+TITLE, NAME, SMALL = 13.0, 9.0, 7.5  # font sizes in points
+MARGIN = 0.3  # inches around a figure
+LABELS = 1.95  # inches left of bars for the names of concepts
 _HEAT = "YlOrRd"
 _FADE = 0.55  # share of pale grey in a picture under heat
 _MOST_OPAQUE = 0.85  # the picture stays readable under the hottest spot
@@ -167,3 +177,20 @@ def place(figure: Figure, *, left: float, top: float, width: float, height: floa
     """Axes at a place given in inches from the top left corner."""
     total_width, total_height = figure.get_size_inches()
     return figure.add_axes((left / total_width, 1 - (top + height) / total_height, width / total_width, height / total_height))
+
+
+def room_aspect(picture_3HW: Tensor) -> float:
+    """Height over width of the room for the picture; pictures beyond keep their shape and leave some of it empty."""
+    return min(1.6, max(0.55, picture_3HW.shape[1] / picture_3HW.shape[2]))
+
+
+def heading(ax: Axes, title: str, subtitle: str, *, inches: float, size: float = TITLE, lines: int = 1, shift: float = 0.0) -> None:
+    """Title and a muted line above an axes, `shift` inches left of its left edge."""
+    for text, height, points, colour, weight in (
+        (wrapped(title, inches=inches, size=size, lines=lines, bold=True), 21, size, INK, "bold"),
+        (wrapped(subtitle, inches=inches, size=NAME, lines=1), 5, NAME, MUTED, "normal"),
+    ):
+        ax.annotate(
+            text, (0, 1), xycoords="axes fraction", xytext=(-72 * shift, height), textcoords="offset points", va="bottom",
+            fontsize=points, fontweight=weight, color=colour,
+        )  # fmt: skip

@@ -3,9 +3,10 @@
 B pictures, N patches (grid_h * grid_w, row by row), M concepts, P parts, H W pixels. All points are fractions of the picture.
 
 **The peak** is the centre of the patch with the highest value, the first one in row order among equals (so a flat map points
-at the top left corner and gains nothing). Upsampling a map bilinearly moves its maximum by less than a pixel (interpolation
-stays between its neighbours), so figures are taken from the patch grid; to measure another upsampling, hand in the
-upsampled map with its own, finer grid.
+at the top left corner and gains nothing). Bilinear upsampling adds nothing to it: interpolated values never exceed their
+neighbours, so the maximum stays at the centre of the highest patch, unless the pixels miss that centre and a patch of almost
+the same value wins by chance. So figures are taken from the patch grid; to measure another upsampling, hand in the upsampled
+map with its own, finer grid.
 
 A value is NaN where nothing can be measured: the concept has no part, or none of its parts is visible in the picture.
 """
