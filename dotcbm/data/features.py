@@ -292,7 +292,8 @@ class _Writer:
             self.num_rows = 0
         self._headers = [_header(shape, layout.dtype) for shape in layout.shapes]
         for name, header, row_bytes in zip(_FILES, self._headers, layout.row_bytes):
-            if self.num_rows and (folder / name).stat().st_size < len(header) + self.num_rows * row_bytes:
+            path = folder / name
+            if not path.is_file() or path.stat().st_size < len(header) + self.num_rows * row_bytes:
                 self.num_rows = 0
 
     def write(self, batches: Iterator[PatchFeatures]) -> None:
