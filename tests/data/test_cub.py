@@ -201,6 +201,24 @@ def test_the_percentage_rule_counts_over_all_classes_of_the_file(tmp_path):
     assert cub.concepts.num_classes == 2
 
 
+def test_what_nobody_saw_is_unknown_in_the_matrix_and_follows_the_tie_rule_in_the_labels(tmp_path):
+    made = write_fake_cub(tmp_path / "CUB", num_classes=2, images_per_class=3)
+    for image in (1, 2):  # the training images of class 1; attribute 2 is the first of the reference list
+        edit(made.root / LABELS, (image - 1) * 312 + 2, f"{image} 2 0 1 1.0")
+    for ties, label in (("present", 1.0), ("absent", math.nan)):
+        data = CUB(str(made.root), ties=ties).load("test")  # pyright: ignore
+        assert math.isnan(data.concepts.class_concept_KM[0, 0])
+        np.testing.assert_array_equal(data.concept_NM[data.label_N == 0, 0], [label])
+
+
+def test_a_percentage_must_be_above_the_threshold(small):
+    values = ["0"] * 312
+    values[1], values[4], values[6] = "50", "50.1", "49.9"  # the first three of the reference list
+    edit(small.root / PERCENT, 1, " ".join(values))
+    assert CUB(str(small.root)).load("test").concept_NM[0, :4].tolist() == [0, 1, 0, 0]
+    assert CUB(str(small.root), threshold=0.495).load("test").concept_NM[0, :4].tolist() == [1, 1, 1, 0]
+
+
 @pytest.mark.parametrize("not_visible", ["unknown", "absent"])
 def test_image_labels_keep_what_is_not_visible_apart(fake, not_visible):
     data = CUB(str(fake.root), labels="image", not_visible=not_visible).load("train")

@@ -51,6 +51,9 @@ def test_splits_groups_and_labels_are_those_of_the_table(made):
 
 def test_concepts_are_those_of_the_species(made):
     cub, rows, tmp_path = made
+    rows = [row for row in rows if not (row["img_filename"].startswith("001") and row["img_id"] in "1247")]  # species of unequal size
+    text = (tmp_path / "water" / "metadata.csv").read_text().splitlines()
+    (tmp_path / "water" / "metadata.csv").write_text("\n".join([text[0], *(",".join(row.values()) for row in rows)]))
     birds = source(tmp_path, attributes="reference")
     data = birds.load("train")
     from dotcbm.data.cub_attributes import REFERENCE_IDS
