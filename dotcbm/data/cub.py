@@ -50,7 +50,8 @@ class CUB(ConceptSource):
     segmentations/ (or beside `root`), mask_quality.csv (masks below 0.8 are left out).
 
     What a class has (`class_concept_KM` and the labels) comes from the vote of the training images where
-    image_attribute_labels.txt is there, otherwise from the class percentages, which the data set's authors took over all images.
+    image_attribute_labels.txt is there, otherwise (and with attributes="percentage") from the class percentages, which the data
+    set's authors took over all images, test images included.
 
     Splits are "train" and "test", and "test_twins" if `twins` is given. Key points are pixels from the top left corner in the
     original; the error of at most one pixel from its undocumented origin (0 or 1) is left as it is.
@@ -92,6 +93,8 @@ class CUB(ConceptSource):
                 raise ValueError(f"{what} is {value!r}, expected one of {', '.join(allowed)}")
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold is {threshold}, expected a share in [0, 1)")
+        if voters is not None and attributes == "percentage":
+            raise ValueError("voters is given, but attributes='percentage' holds no vote; take attributes='majority' or 'reference'")
         self.root = root
         self.attributes: Attributes = attributes
         self.labels = labels

@@ -477,6 +477,8 @@ def test_settings_folders_and_splits_that_are_not_there(small, tmp_path):
         CUB(str(small.root), attributes="all")  # pyright: ignore
     with pytest.raises(ValueError, match="threshold is 50"):
         CUB(str(small.root), threshold=50)
+    with pytest.raises(ValueError, match="voters is given, but attributes='percentage' holds no vote"):
+        CUB(str(small.root), attributes="percentage", voters="ids.txt")
     with pytest.raises(ValueError, match="no split 'val', only train, test"):
         CUB(str(small.root)).load("val")
     with pytest.raises(ValueError, match=r"image_attribute_labels\.txt: no such file; without image-level labels take"):
