@@ -1,0 +1,337 @@
+"""Training of a concept bottleneck, in two stages or jointly.
+
+    two_stage   1. concepts:  0.8 BCE(concepts) + 0.15 L_VOP + 0.2 L_TOP  (Xie et al., CVPR 2025, equation 15, weights for CUB)
+                2. classes:   the linear head on the frozen concepts, solved to the optimum (`dotcbm.training.head_fit`)
+    joint       both at once, plus class_weight * CE(classes)
+
+Departure from the paper: stage 2 is a convex problem and is solved as one, not by AdamW.
+
+Whatever is drawn in an epoch (order, views, dropout) depends on the seed and the epoch alone, so a run that was stopped and
+resumed ends with the weights of one that ran through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from dotcbm.data.batches import mix_seed
+from dotcbm.data.datamodule import ConceptDataModule
+from dotcbm.encoders.image import ImageEncoder
+from dotcbm.encoders.text import TextEncoder
+from dotcbm.losses import concept_loss
+from dotcbm.models.base import Bottleneck
+from dotcbm.models.concept_model import ConceptModel
+from dotcbm.structures import ConceptBatch, ConceptOutput, Problem
+from dotcbm.training.evaluation import Evaluation
+from dotcbm.training.guard import check_losses
+from dotcbm.training.head_fit import HeadFit, collect_head_input, fit_head
+from dotcbm.training.kept_weights import KeptWeights
+from dotcbm.training.record import check_record, make_record, record_tensors
+
+__all__ = ["ConceptTask", "Regime", "Weighting"]
+
+Regime = Literal["two_stage", "joint"]
+Weighting = Literal["none", "balanced"]
+
+_DROPOUT, _WEIGHTS = 1, 2  # separate streams of the seed
+
+
+class ConceptTask(LightningModule):
+    """An encoder, a bottleneck to be built, and how to train it. Needs a `ConceptDataModule`.
+
+    Attributes:
+        model: The `ConceptModel`, built once the data's concepts are known.
+        head_fit: What stage 2 found; None before.
+    """
+
+    model: ConceptModel
+    encoder: ImageEncoder
+    text: TextEncoder | None
+
+    def __init__(
+        self,
+        encoder: ImageEncoder,
+        bottleneck: Callable[[Problem], Bottleneck],
+        text: TextEncoder | None = None,
+        *,
+        regime: Regime = "two_stage",
+        lr: float = 1e-4,
+        lr_halve_every: int = 10,
+        weight_decay: float = 1e-5,
+        encoder_lr: float | None = None,
+        concept_weight: float = 0.8,
+        vop_weight: float = 0.15,
+        top_weight: float = 0.2,
+        class_weight: float = 1.0,
+        concept_weighting: Weighting = "none",
+        class_weighting: Weighting = "none",
+        head_l2: float | Literal["auto"] = "auto",
+        monitor: str | None = None,
+        ema_decay: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Args:
+        encoder: Frozen or trainable.
+        bottleneck: Its class with all settings but the problem.
+        text: Embeds the concept names; None lets the bottleneck learn its concept vectors.
+        regime: See the head of this file.
+        lr: Of AdamW at the start; this and the next two default to the paper's.
+        lr_halve_every: Epochs after which the rate is halved; 0 for never.
+        weight_decay: Of AdamW.
+        encoder_lr: For a trainable encoder, at the start; `lr` by default.
+        concept_weight, vop_weight, top_weight: Of the concept loss and the two orthogonality losses.
+        class_weight: Of the class loss in "joint".
+        concept_weighting: "balanced" weighs the positives of each concept by negatives / positives.
+        class_weighting: "balanced" weighs pictures by the inverse frequency of their class.
+        head_l2: L2 strength of stage 2, or "auto" for the best on the validation split.
+        monitor: Validation figure whose best epoch is kept: "val/concept_auroc" in two stages, "val/accuracy" jointly.
+        ema_decay: Validate and keep a moving mean of the weights; None for the weights themselves.
+        seed: Of initial weights and dropout.
+
+        Raises:
+            ValueError: A setting out of range.
+        """
+        super().__init__()
+        if regime not in ("two_stage", "joint"):
+            raise ValueError(f"regime is {regime!r}; choose 'two_stage' or 'joint'")
+        if not lr > 0 or lr_halve_every < 0:
+            raise ValueError(f"lr is {lr} and lr_halve_every {lr_halve_every}; lr must be positive, lr_halve_every 0 or more epochs")
+        if head_l2 != "auto" and not head_l2 > 0:
+            raise ValueError(f"head_l2 is {head_l2!r}; give a positive number or 'auto'")
+        # Kept out of the module's own children: they are part of `model`, and a text tower is no part of it at all.
+        object.__setattr__(self, "encoder", encoder)
+        object.__setattr__(self, "text", text)
+        self.make_bottleneck = bottleneck
+        self.regime: Regime = regime
+        self.lr = lr
+        self.lr_halve_every = lr_halve_every
+        self.weight_decay = weight_decay
+        self.encoder_lr = encoder_lr
+        self.loss_weights = {"concept": concept_weight, "vop": vop_weight, "top": top_weight, "class": class_weight}
+        self.concept_weighting: Weighting = concept_weighting
+        self.class_weighting: Weighting = class_weighting
+        self.head_l2: float | Literal["auto"] = head_l2
+        self.monitor = monitor or ("val/concept_auroc" if regime == "two_stage" else "val/accuracy")
+        self.ema_decay = ema_decay
+        self.seed = seed
+        self.head_fit: HeadFit | None = None
+        self._fingerprint = ""
+        self._pos_weight_M: Tensor | None = None
+        self._class_weight_K: Tensor | None = None
+        self._evaluations: list[Evaluation] = []
+
+    @property
+    def data(self) -> ConceptDataModule:
+        """The trainer's data.
+
+        Raises:
+            ValueError: The trainer was given something else.
+        """
+        data = cast(Any, self.trainer).datamodule
+        if not isinstance(data, ConceptDataModule):
+            raise ValueError(f"ConceptTask needs a ConceptDataModule, got {type(data).__name__}; call trainer.fit(task, datamodule=data)")
+        return data
+
+    def setup(self, stage: str) -> None:
+        """Build the model from what the data says, with initial weights that depend on the seed alone."""
+        data = self.data
+        if not hasattr(self, "model"):
+            self.model = self.build(data)
+            self._fingerprint = self.encoder.fingerprint()
+        if stage != "fit":
+            return
+        if self.regime == "two_stage" and self.head_l2 == "auto" and not data.has_validation:
+            # fit_head would say the same, after an hour.
+            raise ValueError("head_l2 'auto' chooses on a validation split, and there is none; set val_fraction above 0 or give a number")
+        # In stage 1 the head gets no gradient, which DDP must know before it starts.
+        self.model.bottleneck.head.requires_grad_(self.regime == "joint")
+        self._pos_weight_M = data.concept_pos_weights() if self.concept_weighting == "balanced" else None
+        self._class_weight_K = data.class_weights() if self.class_weighting == "balanced" else None
+
+    def build(self, data: ConceptDataModule) -> ConceptModel:
+        """A fresh model for the concepts of `data`."""
+        concepts = data.concepts
+        problem = Problem(
+            patch_width=self.encoder.width,
+            global_width=self.encoder.global_width,
+            grid=self.encoder.grid,
+            concepts=concepts,
+            text_MD=None if self.text is None else self.text.encode(concepts.names).float().cpu(),
+            concept_frequency_M=data.concept_frequency(),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix_seed(self.seed, _WEIGHTS))
+            return ConceptModel(self.encoder, self.make_bottleneck(problem))
+
+    def configure_callbacks(self) -> list[Any]:
+        """Keep the best weights and, at the end, fit the head."""
+        return [KeptWeights(self.monitor, ema_decay=self.ema_decay)] if self.trainer.state.fn == "fit" else []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer | None:
+        """AdamW (the paper's), with the encoder as a group of its own; None if there is nothing to train by gradients."""
+        bottleneck = [p for p in self.model.bottleneck.parameters() if p.requires_grad]
+        encoder = [p for p in self.model.encoder.parameters() if p.requires_grad]
+        groups = [
+            {"params": parameters, "lr": lr, "initial_lr": lr}
+            for parameters, lr in ((bottleneck, self.lr), (encoder, self.encoder_lr or self.lr))
+            if parameters
+        ]
+        return torch.optim.AdamW(groups, weight_decay=self.weight_decay) if bottleneck else None
+
+    def on_train_start(self) -> None:
+        """A bottleneck without a trainable concept part (a linear probe) goes straight to stage 2."""
+        if self.regime == "two_stage" and not any(p.requires_grad for p in self.model.bottleneck.parameters()):
+            rank_zero_info(f"{type(self.model.bottleneck).__name__} has nothing to train but its head: straight to the head")
+            self.trainer.should_stop = True
+
+    def on_train_epoch_start(self) -> None:
+        """Draw dropout from (seed, epoch, process), and set the learning rate of the epoch.
+
+        The rate is a function of the epoch and not a scheduler's state: nothing to lose when a run is resumed.
+        """
+        torch.manual_seed(mix_seed(self.seed, _DROPOUT, self.current_epoch, self.global_rank))
+        factor = 0.5 ** (self.current_epoch // self.lr_halve_every) if self.lr_halve_every else 1.0
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+
+    def training_step(self, batch: ConceptBatch, batch_idx: int) -> Tensor:
+        """The loss of a batch.
+
+        Raises:
+            NonFiniteError: It is NaN or infinite.
+        """
+        del batch_idx
+        terms = self.losses(self.model.forward_batch(batch), batch)
+        check_losses(terms, epoch=self.current_epoch, step=self.global_step, names=batch.names, checkpoint=self._last_checkpoint())
+        loss = torch.stack([self.loss_weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
+        size = len(batch)
+        self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        for name, term in terms.items():
+            self.log(f"train/{name}_loss", term, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        return loss
+
+    def losses(self, output: ConceptOutput, batch: ConceptBatch) -> dict[str, Tensor]:
+        """The unweighted terms: "concept", those of the bottleneck ("vop", "top"), and "class" in the joint regime."""
+        pos_weight_M = None if self._pos_weight_M is None else self._pos_weight_M.to(self.device)
+        terms = {"concept": concept_loss(output.concept_logit_BM, batch.concepts_BM, pos_weight_M=pos_weight_M), **output.losses}
+        if self.regime == "joint":
+            class_weight_K = None if self._class_weight_K is None else self._class_weight_K.to(self.device)
+            terms["class"] = F.cross_entropy(output.class_logit_BK, batch.label_B, weight=class_weight_K)
+        return terms
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting."""
+        self._evaluations = [Evaluation(self.model.concepts, places=False)]
+
+    def validation_step(self, batch: ConceptBatch, batch_idx: int) -> None:
+        """Count."""
+        del batch_idx
+        output = self.model.forward_batch(batch)
+        terms = self.losses(output, batch)
+        check_losses(terms, epoch=self.current_epoch, step=self.global_step, names=batch.names, checkpoint=self._last_checkpoint())
+        for name, term in terms.items():
+            self.log(f"val/{name}_loss", term, on_step=False, on_epoch=True, batch_size=len(batch), sync_dist=True)
+        self._evaluations[0].update(output, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures; the accuracy only where the head is trained."""
+        figures = self._evaluations[0].gather().compute()
+        wanted = {"concept_auroc", "concept_error"}
+        if self.regime == "joint" or self.head_fit is not None or self.trainer.state.fn != "fit":
+            wanted.add("accuracy")
+        for name in sorted(wanted & figures.keys()):
+            self.log(f"val/{name}", figures[name], prog_bar=name != "concept_error", rank_zero_only=False, sync_dist=False)
+
+    def on_test_epoch_start(self) -> None:
+        """Start counting, split by split."""
+        self._evaluations = [Evaluation(self.model.concepts) for _ in self.data.evaluate_splits]
+
+    def test_step(self, batch: ConceptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count."""
+        del batch_idx
+        self._evaluations[dataloader_idx].update(self.model.forward_batch(batch), batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log all figures of all splits as `<split>/<figure>` (see `Evaluation.compute`)."""
+        for split, evaluation in zip(self.data.evaluate_splits, self._evaluations):
+            for name, value in evaluation.gather().compute().items():
+                self.log(f"{split}/{name}", value, rank_zero_only=False, sync_dist=False)
+
+    def predict_step(self, batch: ConceptBatch, batch_idx: int) -> ConceptOutput | None:
+        """The output of a batch on the CPU, one row for each of `batch.names`; None if no picture of it could be decoded."""
+        del batch_idx
+        return self.model.forward_batch(batch).detach().to("cpu") if len(batch) else None
+
+    def on_predict_end(self) -> None:
+        """Name the pictures that were left out."""
+        self.data.report_skipped()
+
+    def finish(self) -> None:
+        """Stage 2; `KeptWeights` calls it when stage 1 has ended and the best weights are in place."""
+        head = self.model.bottleneck.head
+        head.requires_grad_(True)
+        if self.regime == "joint":
+            return
+        data = self.data
+        train = collect_head_input(self.model, data.plain_loader("train", annotations=self._annotations))
+        val = collect_head_input(self.model, data.plain_loader("val", annotations=self._annotations)) if data.has_validation else None
+        fit = fit_head(
+            *train,
+            num_classes=self.model.concepts.num_classes,
+            l2=None if self.head_l2 == "auto" else self.head_l2,
+            val=val,
+            class_weight_K=self._class_weight_K,
+        )
+        fit = self.trainer.strategy.broadcast(fit)  # processes may differ in the last digits
+        with torch.no_grad():
+            head.weight.copy_(fit.weight_KF)
+            head.bias.copy_(fit.bias_K)
+        self.head_fit = fit
+        said = "" if val is None else f", {100 * fit.val_accuracy:.1f} % in validation"
+        rank_zero_info(f"Head fitted with l2 = {fit.l2:g}: class accuracy {100 * fit.train_accuracy:.1f} % in training{said}")
+        figures = {"head/l2": fit.l2, "head/train_accuracy": fit.train_accuracy}
+        if val is not None:
+            figures["head/val_accuracy"] = fit.val_accuracy
+        for logger in self.trainer.loggers:
+            logger.log_metrics(figures, step=self.global_step)
+
+    @property
+    def _annotations(self) -> Literal["foreground", "labels"]:
+        return "foreground" if self.data.foreground_in_training else "labels"
+
+    def learned_state(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the model, without those of a frozen encoder; not copied."""
+        state = self.model.state_dict(prefix="model.")
+        if self.encoder.trainable:
+            return state
+        return {name: value for name, value in state.items() if not name.startswith("model.encoder.")}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave a frozen encoder's weights out, and say what the checkpoint is (`dotcbm.training.record`)."""
+        kept = self.learned_state()
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
+        checkpoint["dotcbm"] = make_record(self.model, fingerprint=self._fingerprint, regime=self.regime)
+        checkpoint["dotcbm_tensors"] = record_tensors(self.model.bottleneck.problem)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint belongs here.
+
+        Raises:
+            ValueError: Other concepts, another encoder, or another bottleneck; what differs is named.
+        """
+        check_record(checkpoint, model=self.model, fingerprint=self._fingerprint)
+        if not self.encoder.trainable:
+            frozen = self.model.encoder.state_dict(prefix="model.encoder.")
+            checkpoint["state_dict"] = {**frozen, **checkpoint["state_dict"]}
+
+    def _last_checkpoint(self) -> str | None:
+        paths = [getattr(callback, "last_model_path", "") for callback in self.trainer.checkpoint_callbacks]
+        return next((path for path in paths if path), None)
