@@ -112,7 +112,7 @@ class ConceptDataset(Dataset[ConceptSample]):
         def of(column: Tensor | None) -> Tensor | None:
             return None if column is None else column[chosen]
 
-        rows = self.rows or tuple(range(len(self)))
+        rows = self.rows if self.rows is not None else tuple(range(len(self)))
         return replace(
             self,
             split=split or self.split,
