@@ -111,8 +111,9 @@ def draw_creature(canvas: Canvas, creature: Creature) -> None:
     _draw_legs(canvas, f, _shade(_LEGS[legs], 0.92 + 0.16 * j[3]), (j[4] - 0.5) * 0.3)
 
     kinds: tuple[Pattern, ...] = ("plain", "stripes", "spots", "checks")
-    second = _shade(body_colour, 0.5)
-    ink = Ink(body_colour, pattern=kinds[pattern], second=second, period=0.32 if pattern == 3 else 0.25, phase=j[5])
+    second = (248, 240, 214) if kinds[pattern] == "spots" else _shade(body_colour, 0.45)
+    period = (0.25, 0.25, 0.26, 0.34)[pattern]
+    ink = Ink(body_colour, pattern=kinds[pattern], second=second, period=period, phase=j[5])
     body_centre, body_radii, body_angle = (-0.08, 0.16), (0.62 + 0.04 * j[6], 0.48), -0.12
     canvas.ellipse(f, body_centre, body_radii, ink, angle=body_angle, part=_number("body"))
     inside = (body_centre, (body_radii[0] - 0.05, body_radii[1] - 0.05), body_angle)
@@ -148,7 +149,7 @@ def _draw_tail(canvas: Canvas, f: Frame, tail: int, colour: Colour, angle: float
     else:
         ball = _turn([(-0.84, -0.02)], root, angle)[0]
         canvas.stroke(f, [root, ball], [0.09, 0.09], Ink(colour), part=part)
-        canvas.ellipse(f, ball, (0.26, 0.26), Ink((236, 226, 214), light=0.45), part=part)
+        canvas.ellipse(f, ball, (0.26, 0.26), Ink((238, 228, 216), pattern="spots", second=(196, 120, 150), period=0.17), part=part)
 
 
 def _draw_legs(canvas: Canvas, f: Frame, colour: Colour, swing: float) -> None:
