@@ -25,7 +25,7 @@ from dotcbm.structures import ConceptBatch
 
 __all__ = ["HEAD_L2_GRID", "HeadFit", "collect_head_input", "fit_head"]
 
-HEAD_L2_GRID = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
+HEAD_L2_GRID = (1.0, 0.3, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 """Strengths that "auto" tries. With n pictures, scikit-learn's C is 1 / (l2 n)."""
 
 _GAP = 1e-7  # how far from the optimum the objective may stay: strong convexity bounds it by |gradient|^2 / (2 l2)
