@@ -303,9 +303,7 @@ class ConceptDataModule(LightningDataModule):
         source = type(self.source).__name__
         if len(dataset) == 0:
             hint = "; it is carved out of classes with two pictures at least" if dataset.split == "val" else ""
-            raise ValueError(
-                f"the split {dataset.split!r} of {source} is empty: it holds no picture{hint}. Check the split's table and filters"
-            )
+            raise ValueError(f"the split {dataset.split!r} of {source} is empty{hint}: check the split's table and filters")
         if dataset.split == "train":
             count_K = torch.bincount(dataset.label_N, minlength=self.concepts.num_classes)
             missing = [self.concepts.class_names[k] for k in (count_K == 0).nonzero()[:, 0].tolist()]

@@ -69,7 +69,7 @@ def test_everything_moves_with_the_picture(height, width, fx, fy, resize, fracti
         mask = sample.foreground_HW
         centre = mask.nonzero().float().mean(0) + 0.5
         assert centre.tolist() == pytest.approx([py * h, px * w], abs=0.6)
-        assert (bright[mask] > 0.3).all()
+        assert (bright[mask] > 0.2).all()  # a corner pixel of the mask is at least half covered both ways
         assert torch.equal(sample.part_masks_PHW[0], mask)
     if not (0 <= px <= 1 and 0 <= py <= 1):
         assert resize == "crop"
