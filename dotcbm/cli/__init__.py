@@ -1,0 +1,95 @@
+"""The command line. Every command is one module here; none is imported before it is asked for, so `dotcbm --help` is instant.
+
+Exit status: 0 done; 1 the data, the model or the disk is at fault; 2 the command line or the config is; 130 interrupted by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("dotcbm.cli.demo", "Train on drawn creatures and draw what was seen: two minutes, no download"),
+    "fit": ("dotcbm.cli.train", "Train a model as a YAML config says, or go on with a run that was stopped"),
+    "validate": ("dotcbm.cli.train", "Measure a checkpoint on the validation pictures"),
+    "test": ("dotcbm.cli.train", "Measure a checkpoint on the test splits: a table and a JSON file"),
+    "predict": ("dotcbm.cli.predict", "Write concept and class probabilities of pictures as Parquet or CSV"),
+    "explain": ("dotcbm.cli.explain", "Show which concepts were seen where, and how the class follows"),
+    "export": ("dotcbm.cli.export", "Write a model as torch.export program or ONNX file, compared with the original"),
+    "list": ("dotcbm.cli.listing", "List data sources, encoders, models, configs or metrics"),
+    "doctor": ("dotcbm.cli.doctor", "Say what is installed, what is cached and what is missing"),
+}
+
+# Packages of the extra [train]; whoever lacks one needs all of them.
+_TRAIN = ("jsonargparse", "lightning", "pyarrow", "torchmetrics")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: What follows `dotcbm` on the command line; `sys.argv[1:]` by default.
+
+    Returns:
+        The exit status; see the head of this file. DOTCBM_TRACEBACK=1 in the environment shows where an error comes from.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from dotcbm import __version__
+
+        print(f"dotcbm {__version__}")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.5)
+        hint = f"; did you mean `dotcbm {near[0]}`?" if near else f"; the commands are {', '.join(COMMANDS)}"
+        print(f"dotcbm: there is no command {command!r}{hint}", file=sys.stderr)
+        return 2
+    try:
+        module = import_module(COMMANDS[command][0])
+        return module.run(command, rest)
+    except SystemExit as done:  # argparse leaves by this door
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
+    except KeyboardInterrupt:
+        print(f"\ndotcbm {command}: interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _TRAIN or _traceback_wanted():
+            raise
+        print(f'dotcbm {command} needs {error.name}, which is not installed: pip install "dotcbm[train]"', file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        if _traceback_wanted():
+            raise
+        print(f"dotcbm {command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: dotcbm <command> [options]",
+            "",
+            "Vision models that explain themselves by construction: concepts, where each was read from, and the class that follows.",
+            "",
+            "commands:",
+            *rows,
+            "",
+            "  dotcbm <command> --help  the options of a command",
+            "  dotcbm --version         the version",
+        ]
+    )
+
+
+def _traceback_wanted() -> bool:
+    return os.environ.get("DOTCBM_TRACEBACK", "") not in ("", "0")
