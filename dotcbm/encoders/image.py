@@ -94,6 +94,8 @@ class ImageEncoder(nn.Module):
         self.requires_grad_(trainable)
         self.grid, self.width, self.global_width = self._probe()
         self.train(trainable)
+        self._forget()
+        self.register_load_state_dict_post_hook(lambda module, _: module._forget())
 
     def forward(self, image_B3HW: Tensor) -> PatchFeatures:
         """Patches and global token of prepared pictures.
@@ -127,6 +129,12 @@ class ImageEncoder(nn.Module):
             "preprocessing": self.preprocessing.to_dict(),
         }
         return weights_digest(self.tower.state_dict(), told=told)
+
+    def _forget(self) -> None:
+        """Drop what modules derived from older weights: timm's LeViT family keeps attention biases until it is in training mode."""
+        mode = self.training
+        self.tower.train()
+        self.train(mode)
 
     def _probe(self) -> tuple[tuple[int, int], int, int]:
         height, width = self.preprocessing.size

@@ -214,6 +214,22 @@ def test_blueprint_rebuilds_without_files(tmp_path: Path, architecture: str, no_
     assert torch.equal(again(image).patch_BND, encoder(image).patch_BND)
 
 
+def test_loaded_weights_are_used_by_models_that_keep_derived_values() -> None:
+    torch.manual_seed(0)
+    first, second = (ImageEncoder("timm/levit_128s", pretrained=False) for _ in range(2))
+    with torch.no_grad():
+        for name, parameter in first.named_parameters():
+            if "attention_biases" in name or parameter.ndim == 1:  # zero in a fresh model, so that its blocks do nothing
+                parameter.normal_()
+    image = torch.randn(1, 3, 224, 224)
+    second(image)
+    first.load_state_dict(first.state_dict())  # its weights were set behind its back
+    nn.Sequential(second).load_state_dict(nn.Sequential(first).state_dict())
+    patch_BND = first(image).patch_BND
+    assert torch.allclose(second(image).patch_BND, patch_BND, atol=float(patch_BND.abs().max()) * 1e-5)
+    assert not any(module.training for module in second.modules())
+
+
 def test_weights_come_from_the_local_cache(empty_caches: Path, no_network: None) -> None:
     torch.manual_seed(5)
     state = timm.create_model("test_vit").state_dict()
