@@ -22,27 +22,12 @@ from torch import Tensor
 from dotcbm.data.source import ConceptDataset, ConceptSource
 from dotcbm.data.synthetic_canvas import Canvas, Frame, Ink
 from dotcbm.data.synthetic_creature import ATTRIBUTES, OUTLINE, PART_CENTRES, PARTS, Creature, Obstacle, draw_creature, draw_obstacle
+from dotcbm.data.synthetic_rule import CLASS_NAMES, NUM_RULE, class_from_concepts, class_rule, draw_word, vocabulary
 from dotcbm.data.synthetic_scenes import SCENES, scene_window
 from dotcbm.structures import ConceptSet
 
 __all__ = ["CLASS_NAMES", "SCENES", "Synthetic", "class_from_concepts", "class_rule"]
 
-CLASS_NAMES = (
-    *("Alvin", "Bramble", "Cobbert", "Dapple", "Elgrim", "Fennick", "Gorlo", "Hickory"),
-    *("Ivory", "Jumbel", "Kettle", "Lommer", "Mirrow", "Nimbus", "Orlop", "Pindle"),
-)
-_NUM_RULE = 7  # the first seven attributes make the class, the others are free
-_MARGIN = 2  # so many more of its own concepts than of any other class does a creature have
-
-# Each attribute pairs the eight classes off in its own way, as the seven rounds of a tournament do: any two classes share
-# exactly one concept, and no two concepts come together in two classes.
-_CODES_8 = ("0000000", "1101111", "2210221", "3022122", "2332310", "3113303", "0321233", "1233032")
-# The points of the affine plane over four elements. Five attributes are its five families of parallel lines, the other two
-# part the points into sets of four of which no line holds three: any two classes share one concept or two.
-_CODES_16 = (
-    *("0000000", "1011111", "2112012", "3103123", "3022232", "1130220", "1223033", "0232101"),
-    *("2320103", "3331031", "3210322", "0121310", "2033330", "0313221", "1302313", "2201202"),
-)
 _STREAMS = {"train": 0, "val": 1, "test": 2, "test_ood": 2}  # test_ood shows the creatures of test
 
 
@@ -55,66 +40,6 @@ class _Recipe:
     scene: int
     scene_uniform_4: NDArray[np.float64]
     clutter_uniform: NDArray[np.float64]
-
-
-def class_rule(num_classes: int = 8) -> Tensor:
-    """(K, M) in {0, 1}: the seven concepts that make each class. See `class_from_concepts`."""
-    codes = (_CODES_8 if num_classes <= len(_CODES_8) else _CODES_16)[:num_classes]
-    rule_KM = torch.zeros(num_classes, sum(len(a.values) for a in ATTRIBUTES))
-    for k, code in enumerate(codes):
-        for g, value in enumerate(code):
-            rule_KM[k, sum(len(a.values) for a in ATTRIBUTES[:g]) + int(value)] = 1
-    return rule_KM
-
-
-def class_from_concepts(concept_NM: Tensor, *, num_classes: int = 8) -> Tensor:
-    """The class of each row of concepts: the one with most of its seven rule concepts present.
-
-    A creature may have strayed from its class in some attributes (`Synthetic.variation`), but it has at least two concepts
-    more of its own class than of any other. So the label is exact, and stays exact when any one concept is missing.
-
-    Args:
-        concept_NM: (N, M) in {0, 1}.
-        num_classes: As given to `Synthetic`.
-
-    Returns:
-        (N,) long.
-    """
-    return (concept_NM.float() @ class_rule(num_classes).T).argmax(dim=1)
-
-
-@lru_cache
-def _words(num_classes: int, variation: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """All words (W, 7) that a creature's rule attributes can spell, and (K, W) how probable each is in each class."""
-    sizes = [len(a.values) for a in ATTRIBUTES[:_NUM_RULE]]
-    word_WG = np.stack(np.unravel_index(np.arange(np.prod(sizes)), sizes), axis=1).astype(np.int64)
-    code_KG = class_rule(num_classes)[:, : sum(sizes)].reshape(num_classes, _NUM_RULE, -1).argmax(-1).numpy()
-    match_KW = (word_WG[None] == code_KG[:, None]).sum(-1)
-    probability_KW = (1 - variation) ** match_KW * (variation / 3) ** (_NUM_RULE - match_KW)
-    for k in range(num_classes):
-        rival_W = np.delete(match_KW, k, axis=0).max(axis=0)
-        probability_KW[k, match_KW[k] - rival_W < _MARGIN] = 0
-    return word_WG, probability_KW / probability_KW.sum(axis=1, keepdims=True)
-
-
-@lru_cache
-def _vocabulary(num_classes: int, variation: float) -> ConceptSet:
-    word_WG, probability_KW = _words(num_classes, variation)
-    shares = [np.stack([probability_KW[:, word_WG[:, g] == v].sum(1) for v in range(4)], axis=1) for g in range(_NUM_RULE)]
-    shares += [np.full((num_classes, len(a.values)), 1 / len(a.values)) for a in ATTRIBUTES[_NUM_RULE:]]
-    return ConceptSet(
-        names=tuple(v for a in ATTRIBUTES for v in a.values),
-        class_names=CLASS_NAMES[:num_classes],
-        class_concept_KM=torch.from_numpy(np.concatenate(shares, axis=1)).float().clamp(0, 1),
-        groups=tuple(a.name for a in ATTRIBUTES for _ in a.values),
-        part_names=PARTS,
-        parts=tuple((a.part,) for a in ATTRIBUTES for _ in a.values),
-    )
-
-
-@lru_cache
-def _cumulative(num_classes: int, variation: float) -> NDArray[np.float64]:
-    return _words(num_classes, variation)[1].cumsum(axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +56,9 @@ class Synthetic(ConceptSource):
         shortcut: Probability in [0, 1] that a creature stands on its class's own place; else the place is drawn evenly from
             all eight. Own places are shared by two classes beyond eight classes.
         occlusion: Probability in [0, 1] that an obstacle stands before the creature; it aims at a part drawn evenly.
-        variation: Probability in [0, 0.5] of each of a creature's seven rule attributes to stray from its class's value, given that the
-            creature keeps two concepts more of its own class than of any other.
+        variation: Probability in [0, 0.5] of each of a creature's seven rule attributes to stray from its class's value, given
+            that the creature keeps two concepts more of its own class than of any other. The larger, the less a concept can
+            be guessed from the rest of the creature.
         seed: Of everything but the places' paintings.
         labels: What `concept_NM` calls true. "visible": the creature has the concept and at least `min_visible` of the part
             is unhidden. "class": the creature has it, seen or not.
@@ -173,7 +99,7 @@ class Synthetic(ConceptSource):
 
     @property
     def concepts(self) -> ConceptSet:
-        return _vocabulary(self.num_classes, self.variation)
+        return vocabulary(self.num_classes, self.variation)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -245,10 +171,9 @@ class Synthetic(ConceptSource):
         entropy = (self.seed, _STREAMS[split], row)
         r = np.random.Generator(np.random.PCG64(np.random.SeedSequence([*entropy, 0]))).random(68)
         label = row % self.num_classes
-        free = tuple(int(r[g] * len(a.values)) for g, a in enumerate(ATTRIBUTES[_NUM_RULE:]))
+        free = tuple(int(r[g] * len(a.values)) for g, a in enumerate(ATTRIBUTES[NUM_RULE:]))
         frame = _placed(r[8:13])
-        drawn = np.searchsorted(_cumulative(self.num_classes, self.variation)[label], r[45] * (1 - 1e-9), side="right")
-        rule = tuple(_words(self.num_classes, self.variation)[0][drawn].tolist())
+        rule = draw_word(label, float(r[45]), num_classes=self.num_classes, variation=self.variation)
         creature = Creature(rule + free, frame, tuple(r[16:30].tolist()))
         obstacle = None
         if r[13] < self.occlusion:

@@ -111,8 +111,8 @@ def draw_creature(canvas: Canvas, creature: Creature) -> None:
     _draw_legs(canvas, f, _shade(_LEGS[legs], 0.92 + 0.16 * j[3]), (j[4] - 0.5) * 0.3)
 
     kinds: tuple[Pattern, ...] = ("plain", "stripes", "spots", "checks")
-    second = (248, 240, 214) if kinds[pattern] == "spots" else _shade(body_colour, 0.45)
-    period = (0.25, 0.25, 0.26, 0.34)[pattern]
+    second = (body_colour, (40, 34, 40), (248, 240, 214), _shade(body_colour, 0.55))[pattern]
+    period = (1.0, 0.26, 0.26, 0.38)[pattern]
     ink = Ink(body_colour, pattern=kinds[pattern], second=second, period=period, phase=j[5])
     body_centre, body_radii, body_angle = (-0.08, 0.16), (0.62 + 0.04 * j[6], 0.48), -0.12
     canvas.ellipse(f, body_centre, body_radii, ink, angle=body_angle, part=_number("body"))
