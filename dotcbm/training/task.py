@@ -6,7 +6,7 @@
 
 Departure from the paper: stage 2 is a convex problem and is solved as one, not by AdamW.
 
-Whatever is drawn in an epoch (order, views, dropout) depends on the seed and the epoch alone, so a run that was stopped and
+Whatever is drawn (order, views, dropout) depends on the seed, the epoch and the batch alone, so a run that was stopped and
 resumed ends with the weights of one that ran through.
 """
 
@@ -192,15 +192,20 @@ class ConceptTask(LightningModule):
             self.trainer.should_stop = True
 
     def on_train_epoch_start(self) -> None:
-        """Draw dropout from (seed, epoch, process), and set the learning rate of the epoch.
-
-        The rate is a function of the epoch and not a scheduler's state: nothing to lose when a run is resumed.
-        """
-        torch.manual_seed(mix_seed(self.seed, _DROPOUT, self.current_epoch, self.global_rank))
+        """Set the learning rate of the epoch: a function of its number and no scheduler's state, so a resumed run cannot lose it."""
         factor = 0.5 ** (self.current_epoch // self.lr_halve_every) if self.lr_halve_every else 1.0
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
+
+    def on_train_batch_start(self, batch: ConceptBatch, batch_idx: int) -> None:
+        """Draw dropout from (seed, epoch, batch, process).
+
+        For each batch anew, because loaders and callbacks draw from the same generator, and not at the same moments in a
+        resumed run.
+        """
+        del batch
+        torch.manual_seed(mix_seed(self.seed, _DROPOUT, self.current_epoch, batch_idx, self.global_rank))
 
     def training_step(self, batch: ConceptBatch, batch_idx: int) -> Tensor:
         """The loss of a batch.
