@@ -169,7 +169,7 @@ def _draw_crown(canvas: Canvas, f: Frame, crown: int, head: Colour, angle: float
     if crown == 0:
         for centre in _turn([(0.68, -0.7), (0.2, -0.7)], pivot, angle):
             canvas.ellipse(f, centre, (0.2, 0.2), Ink(head), part=part)
-            canvas.ellipse(f, centre, (0.11, 0.11), Ink((226, 150, 150), outline=0, light=0.2), part=part)
+            canvas.ellipse(f, centre, (0.13, 0.13), Ink((206, 84, 112), outline=0, light=0.2), part=part)
     elif crown == 1:
         for base, tip in (((0.64, -0.6), (0.76, -1.06)), ((0.24, -0.6), (0.1, -1.06))):
             points = _turn([base, tip], pivot, angle)
