@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,14 +14,21 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from dotcbm.data.features import FeatureCache
 from dotcbm.data.source import BadPictureError, ConceptDataset
 from dotcbm.data.transforms import collate, prepare_sample
-from dotcbm.structures import ConceptBatch, PatchFeatures, Preprocessing
+from dotcbm.structures import ConceptBatch, ConceptSample, PatchFeatures, Preprocessing
 
-__all__ = ["Annotations", "EpochSampler", "Row", "Rows", "View", "make_loader", "mix_seed"]
+__all__ = ["VIEWS", "Annotations", "EpochSampler", "Row", "Rows", "View", "make_loader", "mix_seed", "prepare_view"]
 
 Annotations = Literal["all", "foreground", "labels"]
-View = Literal["plain", "flip"]
+View = Literal["plain", "flip", "coarse", "flip_coarse"]
+VIEWS: tuple[View, ...] = get_args(View)
+"""How a picture can be shown: as it is, mirrored, with the detail of a small picture, or both."""
 Row = tuple[int, int]
 """A row of a split and the number of the view it is shown in."""
+
+
+def prepare_view(sample: ConceptSample, *, preprocessing: Preprocessing, view: View) -> ConceptSample:
+    """`prepare_sample` for one of `VIEWS`."""
+    return prepare_sample(sample, preprocessing=preprocessing, flip="flip" in view, coarse="coarse" in view)
 
 
 def mix_seed(*numbers: int) -> int:
@@ -173,8 +180,7 @@ class Rows(Dataset[ConceptBatch]):
         if self._kept is not None and key in self._kept:
             return self._kept[key]
         samples = [self.dataset.sample(row, image=False) for row, _ in index]
-        flips = [self.views[view] == "flip" for _, view in index]
-        batch = collate([prepare_sample(s, preprocessing=self.preprocessing, flip=flip) for s, flip in zip(samples, flips)])
+        batch = collate([prepare_view(s, preprocessing=self.preprocessing, view=self.views[view]) for s, (_, view) in zip(samples, index)])
         if self._kept is not None:
             self._kept[key] = batch
         return batch
@@ -189,7 +195,7 @@ class Rows(Dataset[ConceptBatch]):
                     raise
                 warnings.warn(f"skipped: {error}", stacklevel=2)
                 continue
-            samples.append(prepare_sample(sample, preprocessing=self.preprocessing, flip=self.views[view] == "flip"))
+            samples.append(prepare_view(sample, preprocessing=self.preprocessing, view=self.views[view]))
         return collate(samples) if samples else _empty(self.dataset)
 
 

@@ -14,10 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dotcbm.data.batches import Annotations, Rows, View, make_loader, mix_seed
+from dotcbm.data.batches import VIEWS, Annotations, Rows, View, make_loader, mix_seed, prepare_view
 from dotcbm.data.features import FeatureCache, cache_features
 from dotcbm.data.source import ConceptDataset, ConceptSource, read_picture
-from dotcbm.data.transforms import prepare_sample
 from dotcbm.structures import ConceptBatch, ConceptSet, PatchEncoder
 
 __all__ = ["ConceptDataModule"]
@@ -58,7 +57,8 @@ class ConceptDataModule(LightningDataModule):
         seed: Of the validation part, of orders and of views.
         num_workers: Processes that read batches.
         cache_dir: Where the features of frozen encoders lie; None runs the encoder in every step.
-        views: How training pictures are shown: ["plain"] (the default), or ["plain", "flip"] to mirror every other one.
+        views: How training pictures are shown, one drawn for each picture and epoch (see `dotcbm.data.batches.VIEWS`): ["plain"]
+                by default; ["plain", "flip"] mirrors every other one, "coarse" prepares for pictures of less detail.
         evaluate_splits: What `test` evaluates; every split but "train" and "val" by default.
         foreground_in_training: Read the object masks in training too, for bottlenecks whose patch prior is "external".
         in_memory: Keep features and masks in memory once they are read.
@@ -74,8 +74,8 @@ class ConceptDataModule(LightningDataModule):
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction is {val_fraction}; it is a share of the training pictures in [0, 1)")
         views = ["plain"] if views is None else views
-        if not views or views[0] != "plain" or len(set(views)) < len(views) or set(views) - {"plain", "flip"}:
-            raise ValueError(f"views is {views}; choose ['plain'] or ['plain', 'flip']")
+        if not views or views[0] != "plain" or len(set(views)) < len(views) or set(views) - set(VIEWS):
+            raise ValueError(f"views is {views}; choose 'plain' first, and then any of {list(VIEWS[1:])}")
         unknown = sorted({*(evaluate_splits or ()), *([] if predict_files else [predict_split])} - set(source.splits))
         if unknown:
             raise ValueError(f"{type(source).__name__} has no split {unknown[0]!r}; it has {list(source.splits)}")
@@ -170,7 +170,7 @@ class ConceptDataModule(LightningDataModule):
                 self._caches[split, view] = cache_features(
                     self.dataset(split),
                     encoder=encoder,
-                    prepare=partial(prepare_sample, preprocessing=encoder.preprocessing, flip=view == "flip"),
+                    prepare=partial(prepare_view, preprocessing=encoder.preprocessing, view=view),
                     directory=self.cache_dir,
                     view=view,
                 )

@@ -1,7 +1,7 @@
 """From a picture as read to an encoder's input, with points, boxes and masks moving along.
 
 Every geometry is made of the same steps, done by torchvision v2 on pictures, masks, key points and boxes alike: resize, with
-"crop" take the centre, mirror if asked to.
+"crop" take the centre, mirror if asked to. A coarse picture loses detail first and changes nothing else.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, KeyPoints
 
 from dotcbm.structures import ConceptBatch, ConceptSample, Preprocessing
 
-__all__ = ["collate", "prepare_picture", "prepare_sample"]
+__all__ = ["COARSE", "collate", "prepare_picture", "prepare_sample"]
+
+COARSE = 3 / 7
+"""A coarse picture is first reduced until its longer side is at most this share of the input's: 96 of 224 px, 192 of 448."""
 
 
 def prepare_picture(picture_3HW: Tensor, *, preprocessing: Preprocessing) -> Tensor:
@@ -40,7 +43,7 @@ def prepare_picture(picture_3HW: Tensor, *, preprocessing: Preprocessing) -> Ten
     return _normalised(geometry.picture(picture_3HW), preprocessing)
 
 
-def prepare_sample(sample: ConceptSample, *, preprocessing: Preprocessing, flip: bool = False) -> ConceptSample:
+def prepare_sample(sample: ConceptSample, *, preprocessing: Preprocessing, flip: bool = False, coarse: bool = False) -> ConceptSample:
     """A sample whose picture is an encoder's input and whose points, box and masks still lie on the same things.
 
     Names of parts stay as they are when the picture is mirrored: a mirrored left wing is still the bird's left wing.
@@ -49,12 +52,13 @@ def prepare_sample(sample: ConceptSample, *, preprocessing: Preprocessing, flip:
         sample: As read; its picture may be missing.
         preprocessing: Of the encoder.
         flip: Mirror left and right.
+        coarse: Show it with the detail of a small picture, so that a model meets both.
 
     Returns:
         Image (3, h, w) float32, masks at (h, w), points and box as fractions of what the encoder sees. With resize mode
         "crop", points outside it count as invisible, the box is clamped, and `size` is the part seen in original pixels.
     """
-    geometry = _Geometry(sample.size, preprocessing, flip=flip)
+    geometry = _Geometry(sample.size, preprocessing, flip=flip, coarse=coarse)
     seen = geometry.seen_size
     return replace(
         sample,
@@ -126,6 +130,7 @@ class _Geometry:
     canvas: tuple[int, int]
     preprocessing: Preprocessing
     flip: bool = False
+    coarse: bool = False
 
     @property
     def resized(self) -> tuple[int, int]:
@@ -146,6 +151,10 @@ class _Geometry:
 
     def picture(self, picture_3HW: Tensor) -> Tensor:
         mode = InterpolationMode(self.preprocessing.interpolation)
+        scale = COARSE * max(self.preprocessing.size) / max(self.canvas)
+        if self.coarse and scale < 1:
+            small = [max(round(side * scale), 1) for side in self.canvas]
+            picture_3HW = F.resize(picture_3HW, small, interpolation=mode, antialias=True)
         return self._pixels(picture_3HW, mode)
 
     def masks(self, mask_XHW: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
 from dotcbm.data.transforms import collate, prepare_picture, prepare_sample
 from dotcbm.structures import ConceptSample, Preprocessing
@@ -150,3 +152,31 @@ def test_collate_fills_missing_foregrounds_and_refuses_other_gaps():
         collate([one, replace(one, box_4=None)])
     with pytest.raises(ValueError, match="at least one sample"):
         collate([])
+
+
+def test_a_coarse_picture_has_the_detail_of_a_small_one_and_the_same_geometry() -> None:
+    picture = torch.randint(0, 256, (3, 200, 320), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    sample = ConceptSample(
+        image=picture, label=0, concepts_M=torch.zeros(1), index=0, name="a", size=(200, 320), points_P3=torch.tensor([[0.3, 0.6, 1.0]])
+    )
+    preprocessing = Preprocessing((224, 224), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    fine = prepare_sample(sample, preprocessing=preprocessing)
+    coarse = prepare_sample(sample, preprocessing=preprocessing, coarse=True)
+    by_hand = resize(picture, [60, 96], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    assert coarse.image is not None
+    assert fine.image is not None
+    assert torch.equal(coarse.image, prepare_picture(by_hand, preprocessing=preprocessing))
+    assert coarse.image.diff(dim=2).abs().mean() < 0.3 * fine.image.diff(dim=2).abs().mean()
+    assert fine.points_P3 is not None
+    assert coarse.points_P3 is not None
+    assert torch.equal(coarse.points_P3, fine.points_P3)
+
+
+def test_a_small_picture_is_not_made_coarser() -> None:
+    picture = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    sample = ConceptSample(image=picture, label=0, concepts_M=torch.zeros(1), index=0, name="a", size=(60, 80))
+    preprocessing = Preprocessing((224, 224), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    fine, coarse = (prepare_sample(sample, preprocessing=preprocessing, coarse=coarse).image for coarse in (False, True))
+    assert fine is not None
+    assert coarse is not None
+    assert torch.equal(fine, coarse)
