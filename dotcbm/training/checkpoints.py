@@ -49,6 +49,7 @@ class Checkpoints(Checkpoint):
         del pl_module
         if stage != "fit":
             return
+        self.best_model_path = ""
         home = self.directory or str(Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
         self.folder = Path(trainer.strategy.broadcast(home))
         if trainer.ckpt_path and Path(trainer.ckpt_path).is_file():
@@ -70,6 +71,11 @@ class Checkpoints(Checkpoint):
         """Write `model.ckpt`. Lightning calls checkpoint callbacks last, so the head is fitted by now."""
         del pl_module
         self.best_model_path = self._write(trainer, "model.ckpt")
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The same for a run that was stopped after its last epoch and resumed: Lightning ends it without training."""
+        if not self.best_model_path:
+            self.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """After Ctrl-C say where the checkpoint is and how to go on."""

@@ -48,6 +48,7 @@ class KeptWeights(Callback):
         self._mean: dict[str, Tensor] = {}
         self._own: dict[str, Tensor] = {}
         self._steps = 0
+        self._ended = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the mean, unless it was resumed."""
@@ -89,10 +90,21 @@ class KeptWeights(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the kept weights in place and let the task finish (fit its head)."""
         del trainer
+        self._ended = True
         kept = self._best_state or self._mean
         if kept:
             _put(_task(pl_module), kept)
         _task(pl_module).finish()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Lightning's hook."""
+        del trainer, pl_module, stage
+        self._ended = False
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A run that was stopped after its last epoch and resumed trains no more, but still has to end."""
+        if not self._ended:
+            self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""

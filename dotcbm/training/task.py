@@ -73,6 +73,7 @@ class ConceptTask(LightningModule):
         concept_weighting: Weighting = "none",
         class_weighting: Weighting = "none",
         head_l2: float | Literal["auto"] = "auto",
+        head_views: Literal["plain", "all"] = "plain",
         monitor: str | None = None,
         ema_decay: float | None = None,
         seed: int = 0,
@@ -91,6 +92,7 @@ class ConceptTask(LightningModule):
         concept_weighting: "balanced" weighs the positives of each concept by negatives / positives.
         class_weighting: "balanced" weighs pictures by the inverse frequency of their class.
         head_l2: L2 strength of stage 2, or "auto" for the best on the validation split.
+        head_views: Fit stage 2 to the training pictures as they are, or to all views of the data module.
         monitor: Validation figure whose best epoch is kept: "val/concept_auroc" in two stages, "val/accuracy" jointly.
         ema_decay: Validate and keep a moving mean of the weights; None for the weights themselves.
         seed: Of initial weights and dropout.
@@ -118,6 +120,7 @@ class ConceptTask(LightningModule):
         self.concept_weighting: Weighting = concept_weighting
         self.class_weighting: Weighting = class_weighting
         self.head_l2: float | Literal["auto"] = head_l2
+        self.head_views: Literal["plain", "all"] = head_views
         self.monitor = monitor or ("val/concept_auroc" if regime == "two_stage" else "val/accuracy")
         self.ema_decay = ema_decay
         self.seed = seed
@@ -197,6 +200,7 @@ class ConceptTask(LightningModule):
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
+        self.log("lr", self.lr * factor)
 
     def on_train_batch_start(self, batch: ConceptBatch, batch_idx: int) -> None:
         """Draw dropout from (seed, epoch, batch, process).
@@ -286,10 +290,12 @@ class ConceptTask(LightningModule):
         if self.regime == "joint":
             return
         data = self.data
-        train = collect_head_input(self.model, data.plain_loader("train", annotations=self._annotations))
+        views = data.views if self.head_views == "all" else ("plain",)
+        collected = [collect_head_input(self.model, data.plain_loader("train", annotations=self._annotations, view=view)) for view in views]
         val = collect_head_input(self.model, data.plain_loader("val", annotations=self._annotations)) if data.has_validation else None
         fit = fit_head(
-            *train,
+            torch.cat([inputs for inputs, _ in collected]),
+            torch.cat([labels for _, labels in collected]),
             num_classes=self.model.concepts.num_classes,
             l2=None if self.head_l2 == "auto" else self.head_l2,
             val=val,

@@ -76,6 +76,25 @@ def test_more_epochs_after_the_end(run):
     assert_same(through.learned_state(), longer.learned_state())
 
 
+def test_a_run_stopped_before_its_head_was_fitted_is_finished_when_resumed(run):
+    class StopBeforeHead(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 3:
+                trainer.checkpoint_callback.on_train_epoch_end(trainer, pl_module)
+                raise KeyboardInterrupt
+
+    through = run.task()
+    run.trainer(directory="through").fit(through, datamodule=run.data())
+    with pytest.raises(SystemExit):
+        run.trainer(StopBeforeHead()).fit(run.task(), datamodule=run.data())
+    assert not (run.folder / "run" / "model.ckpt").exists()
+    resumed = run.task()
+    run.trainer().fit(resumed, datamodule=run.data(), ckpt_path=str(run.folder / "run" / "last.ckpt"))
+    assert_same(through.learned_state(), resumed.learned_state())
+    saved = torch.load(run.folder / "run" / "model.ckpt", weights_only=True)["state_dict"]
+    assert_same(saved, through.learned_state())
+
+
 def test_dropout_and_order_matter(run):
     """The test above could not fail if nothing was drawn."""
     weights = []
