@@ -22,6 +22,7 @@ from torch import Tensor
 from dotcbm.metrics.classes import accuracy, balanced_accuracy, calibration_error, worst_group_accuracy
 from dotcbm.metrics.concepts import all_negative_error, concept_error, macro_auroc, macro_average, macro_average_precision
 from dotcbm.metrics.localization import (
+    coverage,
     distance_to_parts,
     pointing_distance,
     pointing_in_mask,
@@ -95,6 +96,10 @@ class Evaluation:
         part_mask_MP = self.concepts.part_mask_MP()
         has_parts = bool(part_mask_MP.any())
         values: dict[str, Tensor] = {}
+        covered_BHW = None
+        if batch.foreground_BHW is not None:
+            # On the grid already, the mask's own share of each patch is what `relevance_mass` computes from it: once for all maps.
+            covered_BHW = coverage(batch.foreground_BHW, grid=output.grid).unflatten(1, output.grid)
         for kind, map_BNM in concept_maps(output).items():
             map_BNM = map_BNM.float()
             if has_parts and batch.points_BP3 is not None:
@@ -106,8 +111,8 @@ class Evaluation:
                 values[f"pointing_mask_{kind}"] = pointing_in_mask(
                     map_BNM, grid=output.grid, part_masks_BPHW=batch.part_masks_BPHW, part_mask_MP=part_mask_MP
                 )
-            if batch.foreground_BHW is not None:
-                values[f"foreground_mass_{kind}"] = relevance_mass(map_BNM, grid=output.grid, mask_BHW=batch.foreground_BHW)
+            if covered_BHW is not None:
+                values[f"foreground_mass_{kind}"] = relevance_mass(map_BNM, grid=output.grid, mask_BHW=covered_BHW)
         if has_parts and batch.points_BP3 is not None and values:
             centre_BM2 = torch.full((*batch.concepts_BM.shape, 2), 0.5)
             distance_BM = distance_to_parts(centre_BM2, points_BP3=batch.points_BP3, part_mask_MP=part_mask_MP, size_B2=batch.size_B2)
