@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("dotcbm.cli.predict", "Write concept and class probabilities of pictures as Parquet or CSV"),
     "explain": ("dotcbm.cli.explain", "Show which concepts were seen where, and how the class follows"),
     "export": ("dotcbm.cli.export", "Write a model as torch.export program or ONNX file, compared with the original"),
+    "study": ("dotcbm.cli.study", "Train many methods on several seeds and compare them in one table"),
     "list": ("dotcbm.cli.listing", "List data sources, encoders, models, configs or metrics"),
     "doctor": ("dotcbm.cli.doctor", "Say what is installed, what is cached and what is missing"),
 }

@@ -7,12 +7,12 @@ on with the runs that have no record yet; several processes can share the runs o
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ def run_study(
             path = _path(directory, row, seed)
             partial_path = path.with_suffix(".partial")
             partial_path.write_text(json.dumps(asdict(record), indent=1) + "\n")
-            os.replace(partial_path, path)
+            partial_path.replace(path)
     return read_records(study, directory)
 
 
@@ -220,5 +220,5 @@ def _run(study: Study, row: Row, seed: int, *, encoder: ImageEncoder | None, dat
         figures=figures,
         seconds=time.monotonic() - start,
         device=device,
-        versions={"dotcbm": __version__, "torch": torch.__version__, "lightning": pl.__version__},
+        versions={"dotcbm": __version__, "torch": torch.__version__, "lightning": version("lightning")},
     )
