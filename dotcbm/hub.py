@@ -87,9 +87,7 @@ def describe(model: ConceptModel) -> dict[str, Any]:
     }
 
 
-def save_pretrained(
-    model: ConceptModel, directory: str | Path, *, card: CardInfo | None = None, include_encoder: bool = True
-) -> Path:
+def save_pretrained(model: ConceptModel, directory: str | Path, *, card: CardInfo | None = None, include_encoder: bool = True) -> Path:
     """Write a model as a folder; see the head of this file.
 
     The folder appears whole or not at all: it is written beside its place and then moved there. After an error (a full disk, Ctrl-C)
@@ -186,7 +184,7 @@ def _write(path: Path, text: str) -> None:
 
 def _write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
-        save_file(tensors, path, metadata={"format": "pt", "dotcbm": dotcbm.__version__})
+        save_file(tensors, path, metadata={"format": "pt"})  # a second entry would come in random order
     except SafetensorError as error:
         raise OSError(f"{path.name} could not be written ({error}); is the disk full?") from error
     path.chmod(0o644)
@@ -248,7 +246,9 @@ def _read_checkpoint(path: Path) -> _Stored:
     about = found["dotcbm"]
     _check_format(about, path)
     if path.name == "last.ckpt" and about.get("regime") == "two_stage":
-        warnings.warn(f"{path}: was written during training, before its class head was fitted; model.ckpt holds the finished model", stacklevel=3)
+        warnings.warn(
+            f"{path}: was written during training, before its class head was fitted; model.ckpt holds the finished model", stacklevel=3
+        )
     weights = {name.removeprefix("model."): value for name, value in found["state_dict"].items() if name.startswith("model.")}
     weights |= {f"problem.{name}": value for name, value in found.get("dotcbm_tensors", {}).items()}
     concepts = concepts_from_dict(about["problem"]["concepts"], where=str(path))
@@ -321,7 +321,7 @@ def _bottleneck(stored: _Stored, *, encoder: ImageEncoder, given: type[Bottlenec
     try:
         built = cls(problem, **told["settings"])
     except TypeError as error:
-        raise ValueError(f"{stored.where}: {told['class']} does not take the stored settings ({error}); which dotcbm wrote it?") from error
+        raise ValueError(f"{stored.where}: {told['class_path']} does not take the stored settings ({error}); which dotcbm wrote it?") from error
     _load(built, _part(stored.weights, "bottleneck"), where=stored.where, what=f"the bottleneck {cls.__name__}")
     return built
 

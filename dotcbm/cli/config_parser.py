@@ -21,9 +21,11 @@ from dotcbm.models.base import Bottleneck
 
 __all__ = ["ConfigError", "ConfigParser", "config_files", "where_in"]
 
-_NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)|class_path '?\"?([\w.]+)'?\"?")
-_NO_OPTION = re.compile(r"(?:Option|option) '([\w.-]+)'")
-_KEY = re.compile(r'Parser key "([\w.]+)"')
+# What jsonargparse says, by kind of mistake.
+_NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)|module '[\w.]+' has no attribute '(\w+)'|No module named '([\w.]+)'")
+_NO_OPTION = re.compile(r"[Oo]ption '([\w.-]+)' is not accepted|does not accept option '([\w.-]+)'")
+_DONE = re.compile(r"there is no option '([^']+)'(?:; did you mean [\w.]+\?)?")
+_KEY = re.compile(r'Parser key "([\w.]+)":?')
 
 
 class ConfigError(SystemExit):
@@ -45,22 +47,33 @@ class ConfigParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise `ConfigError`; or what jsonargparse expects while it tries one of several types."""
+        message, key = self._better(message)
         if not self.exit_on_error:
             super().error(message, ex)
+        raise ConfigError(message, key=key) from ex
+
+    def _better(self, message: str) -> tuple[str, str | None]:
+        """A message with a suggestion, and the word of the config at fault. Parsers of inner classes speak before those around them."""
         key = found.group(1) if (found := _KEY.search(message)) else None
-        if found := _NO_CLASS.search(message):
-            name = found.group(1) or found.group(2)
-            known = known_classes(key or "")
-            near = nearest(name.rpartition(".")[2], known)
-            raise ConfigError(f"{key}: there is no class {name!r}{near}\n  known: {', '.join(known)}", key=name) from ex
-        options = [action.dest for action in self._actions if not action.dest.endswith(".help")]
+        if found := _DONE.search(message):
+            return f"{key}: {found.group(0)}" if key else found.group(0), found.group(1).rpartition(".")[2]
         if found := _NO_OPTION.search(message):
-            name = found.group(1)
-            raise ConfigError(f"there is no option {name!r}{_nearest_option(name, options)}", key=name.rpartition(".")[2]) from ex
+            name = found.group(1) or found.group(2)
+            first = name.partition(".")[0]
+            at_fault = name.rpartition(".")[2] if first in _firsts(self._options()) else first
+            return f"there is no option {name!r}{_nearest_option(name, self._options())}", at_fault
+        if found := _NO_CLASS.search(message):
+            name = next(filter(None, found.groups()))
+            known = known_classes(key or "")
+            return f"{key}: there is no class {name!r}{nearest(name.rpartition('.')[2], known)}\n  known: {', '.join(known)}", name
         if message.startswith("unrecognized arguments"):
             words = [word.partition("=")[0] for word in message.partition(": ")[2].split() if word.startswith("--")]
-            message += "".join(_nearest_option(word.removeprefix("--"), options, prefix="--") for word in words)
-        raise ConfigError(message, key=key) from ex
+            message += "".join(_nearest_option(word.removeprefix("--"), self._options(), prefix="--") for word in words)
+        return _KEY.sub(r"\1:", message), None if key is None else key.rpartition(".")[2]
+
+    def _options(self) -> list[str]:
+        parsers = [self, *(getattr(self._subcommands_action, "_name_parser_map", None) or {}).values()]
+        return [action.dest for parser in parsers for action in parser._actions if not action.dest.endswith(".help")]
 
 
 def known_classes(key: str) -> list[str]:
@@ -85,10 +98,14 @@ def _all_subclasses(base: type) -> Iterator[type]:
 
 def _nearest_option(name: str, options: Sequence[str], *, prefix: str = "") -> str:
     """The nearest of dotted options; if only their first part is known or near, the nearest first part."""
-    hint = nearest(name, [f"{prefix}{option}" for option in options] if prefix else options)
-    if "." in name and (not hint or name.partition(".")[0] not in {option.partition(".")[0] for option in options}):
-        return nearest(name.partition(".")[0], {option.partition(".")[0] for option in options})
-    return hint
+    first, firsts = name.partition(".")[0], _firsts(options)
+    if "." in name and first not in firsts:
+        return nearest(first, firsts)
+    return nearest(prefix + name, [f"{prefix}{option}" for option in options])
+
+
+def _firsts(options: Sequence[str]) -> set[str]:
+    return {option.partition(".")[0] for option in options}
 
 
 def config_files(arguments: Sequence[str]) -> list[Path]:

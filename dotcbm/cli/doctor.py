@@ -33,10 +33,14 @@ _EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
 def run(command: str, arguments: Sequence[str]) -> int:
     """See the head of this file. Status 1 if a package that dotcbm cannot do without is missing."""
     parser = Parser(command, "Say what is installed, where models can run, what is cached and what is missing.")
-    parser.add_argument("--cache", type=Path, default=Path("cache"), metavar="DIR", help="folder of the feature cache (default: %(default)s)")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("cache"), metavar="DIR", help="folder of the feature cache (default: %(default)s)"
+    )
     given = parser.parse(arguments)
     console = Console()
-    console.print(f"dotcbm {dotcbm.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}", highlight=False)
+    console.print(
+        f"dotcbm {dotcbm.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}", highlight=False
+    )
     absent = _packages(console)
     _devices(console)
     _caches(console, given.cache)
