@@ -28,7 +28,7 @@ __all__ = ["HEAD_L2_GRID", "HeadFit", "collect_head_input", "fit_head"]
 HEAD_L2_GRID = (1.0, 0.3, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 """Strengths that "auto" tries. With n pictures, scikit-learn's C is 1 / (l2 n)."""
 
-_GAP = 1e-7  # how far from the optimum the objective may stay: strong convexity bounds it by |gradient|^2 / (2 l2)
+_GAP = 1e-5  # how far from the optimum the objective may stay at worst (in practice it is a hundredth): |gradient|^2 / (2 l2)
 _PATIENCE = 2  # weaker strengths that may be no better than the best before the search ends
 
 

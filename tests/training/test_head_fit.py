@@ -46,10 +46,10 @@ def test_the_gap_to_the_optimum_is_small(l2):
 
     fit = fit_head(x, y, num_classes=3, l2=l2)
     # Strong convexity in the weights: the objective is within |gradient|^2 / (2 l2) of its least value.
-    assert fit.gradient**2 * fit.weight_KF.numel() / (2 * l2) < 1e-6
+    assert fit.gradient**2 * fit.weight_KF.numel() / (2 * l2) < 1e-5
     for seed in range(5):
         near = fit.weight_KF * (1 + 0.01 * torch.randn(3, 6, generator=torch.Generator().manual_seed(seed)))
-        assert objective(type(fit)(near, fit.bias_K, l2, 0, 0, 0)) > objective(fit) - 1e-7
+        assert objective(type(fit)(near, fit.bias_K, l2, 0, 0, 0)) > objective(fit) - 1e-6
 
 
 def test_class_weights_are_those_of_repeated_pictures():
