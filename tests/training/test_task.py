@@ -93,14 +93,14 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(run):
 
 
 def test_training_learns_what_can_be_learned(run):
-    """Colours of squares are in the features of a random network: the concepts must get better than chance, and the probe too."""
-    source = TinySource(counts=(("train", 120), ("test", 40)))
-    task, data, trainer = fitted(run, source=source, epochs=25, bottleneck=CBM, lr=3e-2, lr_halve_every=0, head_l2="auto")
-    figures = evaluate(task.model, data.plain_loader("test"), data.concepts)
-    assert figures["accuracy"] > 0.6  # chance is 0.25
-    probe, _, _ = fitted(run, source=source, epochs=5, bottleneck=LinearProbe, head_l2="auto")
-    assert evaluate(probe.model, data.plain_loader("test"), data.concepts)["accuracy"] > 0.6
-    assert trainer.global_step > 0
+    """A random network's features tell colours and places of squares well enough to beat chance by far."""
+    source = TinySource(counts=(("train", 160), ("test", 80)))
+    task, data, _ = fitted(run, source=source, epochs=20, bottleneck=CBM, lr=3e-2, lr_halve_every=0)
+    probe, _, _ = fitted(run, source=source, bottleneck=LinearProbe)
+    for trained in (task, probe):
+        # Chance is 0.25; of 80 pictures its deviation is 0.05.
+        assert evaluate(trained.model, data.plain_loader("test"), data.concepts)["accuracy"] > 0.45
+    assert evaluate(task.model, data.plain_loader("test"), data.concepts)["concept_auroc"] > 0.6
 
 
 def test_a_linear_probe_goes_straight_to_its_head(run):
