@@ -293,7 +293,12 @@ def _encoder(stored: _Stored) -> ImageEncoder:
         raise ValueError(f"{where}: {name} prepares pictures by {encoder.preprocessing}; the model was trained with {expected}")
     # The fingerprint in a checkpoint of a trained encoder is that of the weights that training started from.
     if (told["frozen"] or stored.where.is_dir()) and encoder.fingerprint() != told["fingerprint"]:
-        found = "in the file are damaged" if weights else "on this machine are others than those that the model was trained with"
+        if weights:
+            found = "in the file are damaged"
+        elif settings["pretrained"]:
+            found = "on this machine are others than those that the model was trained with"
+        else:
+            found = "were drawn at random, and the file does not hold them. The folder `model` of the run does"
         raise ValueError(
             f"{where}: the fingerprint of the encoder {name} is {encoder.fingerprint()[:12]}, expected {told['fingerprint'][:12]}: its "
             f"weights {found}. Save the model with its encoder (include_encoder=True) where it was trained, or get the same weights"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import signal
 import sys
 import warnings
@@ -36,7 +37,7 @@ from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.data.source import ConceptSource
 from dotcbm.hub import CardInfo, save_pretrained
 from dotcbm.models.base import Bottleneck
-from dotcbm.training.checkpoints import Checkpoints, resume_command
+from dotcbm.training.checkpoints import Checkpoints
 from dotcbm.training.evaluation import evaluate
 from dotcbm.training.task import ConceptTask
 
@@ -114,6 +115,11 @@ class ConceptCli(LightningCLI):
         """Lightning's hook: options of our own."""
         parser.add_argument("--run_dir", type=str | None, default=None, help="Folder of the run (default: runs/<name of the config>)")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Lightning's hook: look at the checkpoint before Lightning opens it, and say more than it does."""
+        super().parse_arguments(parser, args)
+        _check_checkpoint(self.given.ckpt_path)
+
     @property
     def given(self) -> Any:
         """The parsed options of the command."""
@@ -137,7 +143,7 @@ class ConceptCli(LightningCLI):
             if not found.is_file():
                 raise ValueError(f"{found}: no checkpoint there; train first (dotcbm fit), or give --ckpt_path FILE")
             self.given.ckpt_path = str(found)
-        _check_checkpoint(self.given.ckpt_path)
+            _check_checkpoint(self.given.ckpt_path)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Lightning's hook: everything that a trainer writes goes to the run's folder."""
@@ -194,10 +200,7 @@ class FitCli(ConceptCli):
         except SystemExit:
             if not self.trainer.interrupted:
                 raise
-            last = self.run_dir / "checkpoints" / "last.ckpt"
-            if last.is_file():
-                print(f"interrupted; go on with\n  {resume_command(str(last))}", file=sys.stderr)
-            raise SystemExit(130) from None
+            raise SystemExit(130) from None  # `Checkpoints` has said how to go on
         finally:
             signal.signal(signal.SIGINT, handler)
 
@@ -295,7 +298,7 @@ def _check_checkpoint(path: str | None) -> None:
     if path is not None:
         try:
             torch.load(path, map_location="meta", weights_only=True)
-        except (RuntimeError, EOFError, OSError, KeyError) as error:
+        except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path}: cannot be read as a checkpoint ({error}); is it truncated?") from error
 
 
