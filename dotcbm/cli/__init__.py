@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 
 __all__ = ["COMMANDS", "main"]
 
@@ -28,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 # Packages of the extra [train]; whoever lacks one needs all of them.
 _TRAIN = ("jsonargparse", "lightning", "pyarrow", "torchmetrics")
+_TRAINING = ("demo", "fit", "study", "test", "validate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean `dotcbm {near[0]}`?" if near else f"; the commands are {', '.join(COMMANDS)}"
         print(f"dotcbm: there is no command {command!r}{hint}", file=sys.stderr)
         return 2
+    if command in _TRAINING and (missing := next((name for name in _TRAIN if find_spec(name) is None), None)):
+        return _missing(command, missing)
     try:
         module = import_module(COMMANDS[command][0])
         return module.run(command, rest)
@@ -65,13 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _TRAIN or _traceback_wanted():
             raise
-        print(f'dotcbm {command} needs {error.name}, which is not installed: pip install "dotcbm[train]"', file=sys.stderr)
-        return 2
+        return _missing(command, error.name)
     except (ValueError, OSError) as error:
         if _traceback_wanted():
             raise
         print(f"dotcbm {command}: {error}", file=sys.stderr)
         return 1
+
+
+def _missing(command: str, package: str) -> int:
+    print(f'dotcbm {command} needs {package}, which is not installed: pip install "dotcbm[train]"', file=sys.stderr)
+    return 2
 
 
 def _help() -> str:

@@ -39,13 +39,15 @@ def run(command: str, arguments: Sequence[str]) -> int:
     if given.batch_size < 1:
         parser.error(f"--batch-size is {given.batch_size}; it must be at least 1")
 
+    from dotcbm.cli.predictions import Predictions, check_out
+
+    check_out(given.out)
+
     import torch
 
     from dotcbm.cli.pictures import find_pictures, prepared_batches
-    from dotcbm.cli.predictions import Predictions, check_out
     from dotcbm.hub import from_pretrained
 
-    check_out(given.out)
     paths = find_pictures(given.pictures)
     model = from_pretrained(given.checkpoint, map_location=given.device)
     predictions = Predictions(model.concepts)

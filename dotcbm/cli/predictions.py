@@ -7,11 +7,12 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from dotcbm.structures import ConceptOutput, ConceptSet
+    from dotcbm.structures import ConceptOutput, ConceptSet
 
 __all__ = ["Predictions", "check_out"]
 
@@ -52,6 +53,8 @@ class Predictions:
         """
         if not self.names:
             raise ValueError("there is no prediction to write: no picture could be decoded")
+        import torch
+
         concept_NM, class_NK = torch.cat(self._concept), torch.cat(self._class)
         best_N = class_NK.argmax(1)
         columns: dict[str, list[str] | list[float]] = {
