@@ -262,8 +262,8 @@ def _check_format(config: Mapping[str, Any], where: Path) -> None:
     if found > FORMAT:
         by = config.get("version", "of a newer version")
         raise ValueError(
-            f"{where}: has format {found}, written by dotcbm {by}; this is dotcbm {dotcbm.__version__}, which reads formats up to {FORMAT}. "
-            "Install a newer dotcbm"
+            f"{where}: has format {found}, written by dotcbm {by}; this is dotcbm {dotcbm.__version__}, which reads formats up to "
+            f"{FORMAT}. Install a newer dotcbm"
         )
     for part in ("encoder", "problem", "bottleneck"):
         if not isinstance(config.get(part), Mapping):
@@ -310,9 +310,10 @@ def _bottleneck(stored: _Stored, *, encoder: ImageEncoder, given: type[Bottlenec
     told, tensors = stored.config["bottleneck"], _part(stored.weights, "problem")
     cls = _bottleneck_class(told["class_path"], given=given, where=stored.where)
     for what, count in (("concepts", stored.concepts.num_concepts), ("classes", stored.concepts.num_classes)):
-        if stored.config["problem"].get(f"num_{what}", count) != count:
+        expected = stored.config["problem"].get(f"num_{what}", count)
+        if expected != count:
             raise ValueError(
-                f"{stored.where}: the model has {stored.config['problem'][f'num_{what}']} {what}, its list of concepts and classes names {count}; "
+                f"{stored.where}: the model has {expected} {what}, its list of concepts and classes names {count}; "
                 "the files belong to different models"
             )
     problem = Problem(
@@ -326,7 +327,9 @@ def _bottleneck(stored: _Stored, *, encoder: ImageEncoder, given: type[Bottlenec
     try:
         built = cls(problem, **told["settings"])
     except TypeError as error:
-        raise ValueError(f"{stored.where}: {told['class_path']} does not take the stored settings ({error}); which dotcbm wrote it?") from error
+        raise ValueError(
+            f"{stored.where}: {told['class_path']} does not take the stored settings ({error}); install the dotcbm that wrote them"
+        ) from error
     _load(built, _part(stored.weights, "bottleneck"), where=stored.where, what=f"the bottleneck {cls.__name__}")
     return built
 

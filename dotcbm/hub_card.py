@@ -70,8 +70,8 @@ def card_text(model: ConceptModel, *, card: CardInfo | None, version: str) -> st
         "",
         "## Model",
         "",
-        f"- Encoder: `{encoder.name}`, {height} x {width} pixels ({encoder.preprocessing.resize}), grid {encoder.grid[0]} x {encoder.grid[1]}, "
-        f"{fitting}",
+        f"- Encoder: `{encoder.name}`, {height} x {width} pixels ({encoder.preprocessing.resize}), "
+        f"grid {encoder.grid[0]} x {encoder.grid[1]}, {fitting}",
         f"- Bottleneck: `{type(bottleneck).__module__}.{type(bottleneck).__qualname__}`",
         *(f"  - {name}: {value}" for name, value in bottleneck.settings.items()),
         f"- Saved by dotcbm {version}" + (f", trained with `{card.command}`" if card.command else ""),

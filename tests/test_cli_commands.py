@@ -122,9 +122,7 @@ def test_explain_pictures_of_one_name(model_folder, photos, tmp_path):
     assert {path.name for path in (tmp_path / "why").glob("*.json")} == {"creature 0.json", "creature 0-2.json", "creature 1.json"}
 
 
-@pytest.mark.parametrize(
-    ("places", "said"), [(["nix.png"], "nix.png: no such picture or folder"), (["."], "no picture in this folder")]
-)
+@pytest.mark.parametrize(("places", "said"), [(["nix.png"], "nix.png: no such picture or folder"), (["."], "no picture in this folder")])
 def test_explain_nothing(model_folder, tmp_path, monkeypatch, capsys, places, said):
     monkeypatch.chdir(tmp_path)
     assert main(["explain", *places, "--checkpoint", str(model_folder)]) == 1

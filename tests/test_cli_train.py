@@ -58,6 +58,11 @@ def pictures(folder: Path, num: int = 3) -> Path:
     return folder
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
+
+
 def weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
@@ -180,8 +185,7 @@ def test_predict_a_split(home):
     assert main(["predict", "--config", TINY, "--out", "p/split.parquet"]) == 0
     assert main(["predict", "--config", TINY, "--out", "p/split.csv"]) == 0
     table = pq.read_table("p/split.parquet").to_pylist()
-    with Path("p/split.csv").open(newline="") as opened:
-        rows = list(csv.DictReader(opened))
+    rows = rows_of(Path("p/split.csv"))
     assert len(table) == len(rows) == 16
     assert list(table[0]) == list(rows[0])
     concepts = [value for name, value in table[0].items() if name.startswith("concept: ")]
@@ -207,16 +211,14 @@ def test_predict_skips_what_cannot_be_decoded_and_names_it(home, capfd, road):
     shown = capfd.readouterr()
     assert "broken.png" in shown.out + shown.err
     assert "1 skipped" in shown.out
-    with out.open(newline="") as opened:
-        rows = list(csv.DictReader(opened))
-    assert [Path(row["picture"]).name for row in rows] == ["0.png", "1.png", "2.png"]
+    assert [Path(row["picture"]).name for row in rows_of(out)] == ["0.png", "1.png", "2.png"]
 
 
 def test_both_roads_predict_the_same(home):
     photos = pictures(home / "same")
     assert main(["predict", str(photos), "--checkpoint", "runs/tiny/model", "--out", "one.csv"]) == 0
     assert main(["predict", "--config", TINY, "--out", "two.csv", f"--data.predict_files=[{photos}]"]) == 0
-    for one, two in zip(csv.DictReader(Path("one.csv").open()), csv.DictReader(Path("two.csv").open()), strict=True):
+    for one, two in zip(rows_of(Path("one.csv")), rows_of(Path("two.csv")), strict=True):
         assert one.pop("picture") == two.pop("picture")
         assert one.pop("predicted_class") == two.pop("predicted_class")
         assert [float(v) for v in one.values()] == pytest.approx([float(v) for v in two.values()], abs=1e-4)

@@ -50,9 +50,7 @@ def make_encoder(*, trainable: bool = False, seed: int = 0) -> ImageEncoder:
 def make_problem(encoder: ImageEncoder, *, text: bool = False) -> Problem:
     m = SOURCE.concepts.num_concepts
     torch.manual_seed(1)
-    return Problem(
-        encoder.width, encoder.global_width, encoder.grid, SOURCE.concepts, torch.randn(m, 12) if text else None, torch.rand(m)
-    )
+    return Problem(encoder.width, encoder.global_width, encoder.grid, SOURCE.concepts, torch.randn(m, 12) if text else None, torch.rand(m))
 
 
 def make_model(kind: type[Bottleneck] = DotCBM, *, trainable: bool = False, text: bool = False, **settings) -> ConceptModel:
@@ -245,7 +243,9 @@ def test_no_class_is_imported_because_a_file_names_it(tmp_path, name):
         from_pretrained(folder)
 
 
-@pytest.mark.parametrize(("name", "message"), [("dotcbm.models.cbm.nix", "has no bottleneck"), ("dotcbm.models.base.Problem", "is no bottleneck")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("dotcbm.models.cbm.nix", "has no bottleneck"), ("dotcbm.models.base.Problem", "is no bottleneck")]
+)
 def test_a_class_that_is_no_bottleneck(tmp_path, name, message):
     folder = save_pretrained(make_model(CBM), tmp_path / "model")
     change_config(folder, lambda config: config["bottleneck"].update(class_path=name))

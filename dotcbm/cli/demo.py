@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from dotcbm.cli.listing import DEMO_CONFIG
 from dotcbm.cli.parser import Parser
+
+if TYPE_CHECKING:
+    from dotcbm.cli.train import FitCli
 
 __all__ = ["run"]
 
@@ -57,19 +61,20 @@ def _report(cli: FitCli, out: Path, console: Console) -> None:
 
     model, data = cli.model.model, cli.datamodule
     figures = evaluate(model, data.plain_loader(_SPLIT, annotations="all"), data.concepts)
-    table = Table(title=f"{int(figures['num_pictures'])} test pictures, {int(figures['num_pointed'])} visible concepts", title_justify="left")
-    for heading, justify in (("", "left"), ("DOT-CBM", "right"), ("control", "right"), ("which control", "left")):
-        table.add_column(heading, justify=justify)
-    chance = 1 / data.concepts.num_classes
     rows = [
         ("concepts: AUROC", figures["concept_auroc"], 0.5, "guessing"),
-        ("classes: accuracy", figures["accuracy"], chance, "guessing"),
+        ("classes: accuracy", figures["accuracy"], 1 / data.concepts.num_classes, "guessing"),
     ]
-    for name, what in (("pointing_mask", "places: peak inside the exact part mask"), ("foreground_mass", "places: relevance inside the creature")):
-        if f"{name}_evidence" in figures:
-            rows.append((f"{what} (evidence)", figures[f"{name}_evidence"], figures[f"{name}_prior"], "the saliency prior alone"))
-        if f"{name}_plan" in figures:
-            rows.append((f"{what} (plan)", figures[f"{name}_plan"], figures[f"{name}_prior"], "the saliency prior alone"))
+    for name, what in (("pointing_mask", "peak inside the exact mask of the part"), ("foreground_mass", "relevance inside the creature")):
+        for kind in ("evidence", "plan"):
+            if f"{name}_{kind}" in figures:
+                rows.append((f"places: {what}, {kind}", figures[f"{name}_{kind}"], figures[f"{name}_prior"], "the patch prior alone"))
+    num_pictures, num_pairs = int(figures["num_pictures"]), int(figures["num_pointed"])
+    table = Table(title=f"{num_pictures} test pictures, {num_pairs} concepts to be seen in them", title_justify="left")
+    table.add_column("")
+    table.add_column("DOT-CBM", justify="right")
+    table.add_column("control", justify="right")
+    table.add_column("which control")
     for name, value, control, which in rows:
         table.add_row(name, f"{value:.1%}", f"{control:.1%}", which)
     console.print(table)

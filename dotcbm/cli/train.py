@@ -13,6 +13,7 @@ A run lives in one folder, `runs/<name of the config>` unless `--run_dir` says o
 from __future__ import annotations
 
 import json
+import logging
 import math
 import pickle
 import signal
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
@@ -49,9 +50,23 @@ def run(command: str, arguments: Sequence[str]) -> int:
     return launch({"fit": FitCli, "validate": ValidateCli, "test": TestCli}[command], arguments)
 
 
+# What Lightning says of things that are so on purpose, or that no user can change.
+_KNOWN = (
+    ".*treespec, LeafSpec.*",
+    ".*smaller than the logging interval.*",
+    ".*module\\(s\\) in eval mode.*",  # a frozen encoder
+    ".*Previous log files in this directory.*",  # they were put aside
+    ".*callbacks used to create the checkpoint.*",
+    ".*does not have many workers.*",
+)
+
+
 def launch(cli: type[ConceptCli], arguments: Sequence[str]) -> int:
     """Parse, build and run; the exit status."""
     files = config_files(arguments)
+    for message in _KNOWN:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertising)
     try:
         check_yaml(files)
         # So that jsonargparse knows the short names of all sources and bottlenecks.
@@ -65,11 +80,27 @@ def launch(cli: type[ConceptCli], arguments: Sequence[str]) -> int:
     return 0
 
 
+def _no_advertising(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage() and "TPU available" not in record.getMessage()
+
+
 class _SaveConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save the config of training runs; measuring a model must not change what is written of its training."""
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
+
+
+class _Lines(Callback):
+    """A line an epoch, where no progress bar can be drawn."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning's hook."""
+        del pl_module
+        if trainer.is_global_zero:
+            shown = (name for name in ("train/loss", "val/concept_auroc", "val/accuracy") if name in trainer.callback_metrics)
+            told = ", ".join(f"{name} {float(trainer.callback_metrics[name]):.4f}" for name in shown)
+            print(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}: {told}", flush=True)
 
 
 class ConceptCli(LightningCLI):
@@ -157,6 +188,7 @@ class ConceptCli(LightningCLI):
             extra.append(RichProgressBar(leave=False))
         elif chosen.enable_progress_bar is None:
             kwargs["enable_progress_bar"] = False  # a log file is no place for one
+            extra.append(_Lines())
         if self.command == "fit":
             extra.append(Checkpoints(str(self.run_dir / "checkpoints")))
         if chosen.enable_model_summary is None:
