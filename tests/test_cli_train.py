@@ -334,3 +334,25 @@ def test_print_config(capsys):
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["model"]["bottleneck"]["init_args"]["dim"] == 16
     assert shown["model"]["lr_halve_every"] == 10  # a default
+
+
+def test_demo(home, tmp_path, capsys):
+    """The demo's road with a demo's settings made tiny; its own settings are run by `make demo`."""
+    tiny = ["--data.source.num_train=24", "--data.source.num_val=8", "--data.source.num_test=8", "--trainer.max_epochs=1"]
+    assert main(["demo", "--out", str(tmp_path / "demo"), *tiny]) == 0
+    shown = capsys.readouterr().out
+    for row in ("concepts: AUROC", "classes: accuracy", "plan: peak in the part's exact mask", "patch prior alone"):
+        assert row in shown
+    names = ["concepts.png", "creature-1.png", "creature-2.png", "creature-3.png", "creature-4.png", "run"]
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == names
+
+
+def test_demo_with_a_mistake(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path), "--data.source.num_trian=24"]) == 2
+    assert "num_trian" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(CONF.parent.parent.glob("configs/*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_understood(path, capsys):
+    assert main(["fit", "--config", str(path), "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["bottleneck"]["class_path"]

@@ -247,12 +247,15 @@ class FitCli(ConceptCli):
             task.model.to(self.trainer.strategy.root_device)
             figures["val"] = evaluate(task.model, data.plain_loader("val", annotations="all"), data.concepts)
             task.model.to(home)
-        self.card = CardInfo(
+        card = CardInfo(
             data=f"`{data.source!r}`",
             metrics={f"{split}/{name}": value for split, row in figures.items() for name, value in row.items()},
             command=" ".join(["dotcbm", *self.arguments]),
         )
-        folder = save_pretrained(task.model, self.run_dir / "model", card=self.card)
+        self.say(figures, save_pretrained(task.model, self.run_dir / "model", card=card))
+
+    def say(self, figures: Mapping[str, Mapping[str, float]], folder: Path) -> None:
+        """Print what came out and what to do with it."""
         console = Console()
         if figures:
             console.print(figure_table(figures, title="Validation"))
