@@ -13,6 +13,8 @@ SHARED = Path(os.environ.get("DOTCBM_SHARED", Path(__file__).parents[2] / "share
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real pictures (data/) and pretrained weights (weights/)."""
+    if not (SHARED / "data").is_dir() and os.environ.get("DOTCBM_REQUIRE_SHARED"):
+        pytest.fail(f"no shared data at {SHARED}, and DOTCBM_REQUIRE_SHARED says that tests on it must run")
     if not (SHARED / "data").is_dir():
         pytest.skip(f"no shared data at {SHARED}; set DOTCBM_SHARED to the folder that holds data/ and weights/")
     return SHARED

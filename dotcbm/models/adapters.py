@@ -27,8 +27,7 @@ def make_adapter(kind: AdapterKind, *, width_in: int, width_out: int, dropout: f
     if kind == "identity":
         if width_in != width_out:
             raise ValueError(
-                f"an identity adapter cannot map width {width_in} to {width_out}; "
-                f"use adapter 'linear' or set dim to {width_in}"
+                f"an identity adapter cannot map width {width_in} to {width_out}; use adapter 'linear' or set dim to {width_in}"
             )
         return nn.Identity()
     if kind == "linear":
