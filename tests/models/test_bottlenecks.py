@@ -21,6 +21,8 @@ N = GRID[0] * GRID[1]
 BOTTLENECKS: dict[str, Callable[[Problem], Bottleneck]] = {
     "probe": LinearProbe,
     "cbm": CBM,
+    "cbm raw": lambda p: CBM(p, standardise=False),
+    "cbm logits": lambda p: CBM(p, head_on="logit"),
     "mean": lambda p: DotProduct(p, pooling="mean", dim=8),
     "max": lambda p: DotProduct(p, pooling="max", dim=8),
     "softmax value": lambda p: DotProduct(p, pooling="softmax", readout="value", dim=8),
@@ -177,11 +179,30 @@ def test_uniform_weights_and_values_are_the_vanilla_cbm() -> None:
     """The claim of `dotcbm.models.readout`: mean pooling with the value readout is the vanilla CBM."""
     problem, features = make_problem(), make_features()
     head = DotProduct(problem, pooling="mean", readout="value", dim=8).eval()
-    cbm = CBM(problem).eval()
+    cbm = CBM(problem, standardise=False).eval()
     with torch.no_grad():
         cbm.concept.weight.copy_(head.readout.value.weight)
         cbm.concept.bias.copy_(head.readout.beta_M)
     assert torch.allclose(cbm(features).concept_logit_BM, head(features).concept_logit_BM, atol=1e-5)
+
+
+def test_the_activation_map_of_standardised_features_is_exact() -> None:
+    torch.manual_seed(0)
+    cbm = CBM(make_problem())
+    for seed in range(5):
+        cbm(make_features(seed))  # moves the running statistics away from 0 and 1
+    out = cbm.eval()(make_features())
+    assert out.evidence_BNM is not None
+    assert cbm.norm is not None
+    assert torch.allclose(out.evidence_BNM.sum(1) + cbm.concept.bias, out.concept_logit_BM, atol=1e-5)
+
+
+def test_a_head_on_logits_reads_logits() -> None:
+    problem, features = make_problem(), make_features()
+    cbm = CBM(problem, head_on="logit").eval()
+    out = cbm(features)
+    assert torch.allclose(out.class_logit_BK, cbm.head(out.concept_logit_BM))
+    assert torch.equal(cbm.head_input(features, out), out.concept_logit_BM)
 
 
 def test_linear_probe_reads_the_global_token() -> None:
