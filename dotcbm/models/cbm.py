@@ -4,9 +4,10 @@ Koh et al., "Concept Bottleneck Models", ICML 2020. A linear layer reads the con
 Because the mean is linear, the concept's logit is the sum over patches of w_j . f_i / N, so its class activation map
 (Zhou et al., CVPR 2016) is an exact account of the logit and serves as the heatmap.
 
-Departures: the pooled features are standardised (batch statistics in training, running ones afterwards, so that the logit stays
-linear in the patches); Koh et al. put the class head on the concepts' logits or probabilities, a setting here; the encoder may be frozen (the paper trains Inception-v3 with the bottleneck); the paper's three ways to train
-(independent, sequential, joint) are settings of the training task, not of the model.
+Departures: the pooled features are standardised (batch statistics in training, running ones afterwards, so that the logit
+stays linear in the patches); the class head reads the concepts' probabilities or their logits, a setting; the encoder may be
+frozen (the paper trains Inception-v3 with the bottleneck); the paper's three ways to train (independent, sequential, joint) are
+settings of the training task, not of the model.
 """
 
 from __future__ import annotations
