@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test check format clean
 
 demo: $(VENV)/.demo
-	OMP_NUM_THREADS=2 $(BIN)/dotcbm demo --out demo
+	$(BIN)/dotcbm demo --out demo
 
 test: $(VENV)/.dev check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
