@@ -7,6 +7,7 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test check format clean
 
+demo: export OMP_NUM_THREADS = 2
 demo: $(VENV)/.demo
 	$(BIN)/dotcbm demo --out demo
 

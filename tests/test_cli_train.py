@@ -343,7 +343,7 @@ def test_demo(home, tmp_path, capsys):
     shown = capsys.readouterr().out
     for row in ("concepts: AUROC", "classes: accuracy", "plan: peak in the part's exact mask", "patch prior alone"):
         assert row in shown
-    names = ["concepts.png", "creature-1.png", "creature-2.png", "creature-3.png", "creature-4.png", "run"]
+    names = ["concepts.png", "creature-1.png", "creature-2.png", "creature-3.png", "creature-4.png", "pictures", "run"]
     assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == names
 
 

@@ -85,6 +85,7 @@ def _report(cli: FitCli, out: Path, console: Console) -> None:
 
 def _draw(cli: FitCli, out: Path) -> list[Path]:
     import torch
+    from torchvision.io import write_png
 
     from dotcbm.explain.explanation import explain
     from dotcbm.explain.plots import plot_heatmap_grid
@@ -92,7 +93,10 @@ def _draw(cli: FitCli, out: Path) -> list[Path]:
     model, dataset = cli.model.model, cli.datamodule.dataset(_SPLIT)
     paths: list[Path] = []
     explanations = [explain(model, dataset.read_image(row)) for row in range(min(_FIGURES, len(dataset)))]
+    pictures = out / "pictures"
+    pictures.mkdir(exist_ok=True)
     for row, explanation in enumerate(explanations):
+        write_png(dataset.read_image(row), str(pictures / f"{row + 1}.png"))
         paths.append(out / f"creature-{row + 1}.png")
         explanation.plot(6).savefig(paths[-1])
     names = [name for name in _COLUMNS if name in dataset.concepts.names]

@@ -132,6 +132,7 @@ class Rows(Dataset[ConceptBatch]):
         self.skip_bad = skip_bad
         self._resident = [cache.read(range(len(cache))) for cache in caches] if caches and in_memory else None
         self._kept: dict[tuple[Row, ...], ConceptBatch] | None = {} if in_memory and annotations != "labels" else None
+        self._samples: dict[int, ConceptSample] | None = {} if in_memory and not caches else None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -189,7 +190,7 @@ class Rows(Dataset[ConceptBatch]):
         samples = []
         for row, view in index:
             try:
-                sample = self.dataset.sample(row, masks=self.annotations != "labels")
+                sample = self._sample(row)
             except BadPictureError as error:
                 if not self.skip_bad:
                     raise
@@ -197,6 +198,14 @@ class Rows(Dataset[ConceptBatch]):
                 continue
             samples.append(prepare_view(sample, preprocessing=self.preprocessing, view=self.views[view]))
         return collate(samples) if samples else _empty(self.dataset)
+
+    def _sample(self, row: int) -> ConceptSample:
+        if self._samples is not None and row in self._samples:
+            return self._samples[row]
+        sample = self.dataset.sample(row, masks=self.annotations != "labels")
+        if self._samples is not None:
+            self._samples[row] = sample
+        return sample
 
 
 def _empty(dataset: ConceptDataset) -> ConceptBatch:

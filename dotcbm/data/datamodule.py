@@ -61,7 +61,8 @@ class ConceptDataModule(LightningDataModule):
                 by default; ["plain", "flip"] mirrors every other one, "coarse" prepares for pictures of less detail.
         evaluate_splits: What `test` evaluates; every split but "train" and "val" by default.
         foreground_in_training: Read the object masks in training too, for bottlenecks whose patch prior is "external".
-        in_memory: Keep features and masks in memory once they are read.
+        in_memory: Keep features and masks, or without a cache the decoded pictures, in memory once they are read, in each process
+                that reads.
         predict_files: What `predict` reads: pictures, and folders of pictures.
         predict_split: What it reads without `predict_files`.
 

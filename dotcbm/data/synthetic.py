@@ -72,7 +72,7 @@ class Synthetic(ConceptSource):
     num_classes: int = 8
     shortcut: float = 0.0
     occlusion: float = 0.4
-    variation: float = 0.3
+    variation: float = 0.5
     seed: int = 0
     labels: Literal["visible", "class"] = "visible"
     min_visible: float = 0.35

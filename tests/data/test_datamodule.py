@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,6 +147,27 @@ def test_evaluation_batches_carry_annotations_without_decoding(encoder, tmp_path
     spoilt._datasets["test"] = TinySource(bad_rows=tuple(range(16))).load("test")
     again = list(spoilt.test_dataloader()[0])
     assert torch.equal(again[0].features.patch_BND, first[0].features.patch_BND)
+
+
+def test_pictures_kept_in_memory_are_decoded_once(encoder):
+    reads = []
+
+    def counted(data):
+        dataset = data.dataset("train")
+        read = dataset.read_image
+        data._datasets["train"] = replace(dataset, read_image=lambda row: (reads.append(row), read(row))[1])
+        return data
+
+    views = ["plain", "flip"]
+    kept = counted(module(encoder=encoder, views=views, val_fraction=0, in_memory=True))
+    loader, direct = kept.train_dataloader(), module(encoder=encoder, views=views, val_fraction=0).train_dataloader()
+    for epoch in range(3):
+        loader.sampler.set_epoch(epoch)
+        direct.sampler.set_epoch(epoch)
+        for a, b in zip(loader, direct, strict=True):
+            assert a.names == b.names
+            assert torch.equal(a.image_B3HW, b.image_B3HW)
+    assert sorted(reads) == list(range(len(kept.dataset("train"))))
 
 
 def test_workers_give_the_same_batches(encoder, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ N = GRID[0] * GRID[1]
 BOTTLENECKS: dict[str, Callable[[Problem], Bottleneck]] = {
     "probe": LinearProbe,
     "cbm": CBM,
-    "cbm raw": lambda p: CBM(p, standardise=False),
+    "cbm raw": lambda p: CBM(p, scaling="none"),
+    "cbm half": lambda p: CBM(p, scaling="half", l2=0.1),
     "cbm logits": lambda p: CBM(p, head_on="logit"),
     "mean": lambda p: DotProduct(p, pooling="mean", dim=8),
     "max": lambda p: DotProduct(p, pooling="max", dim=8),
@@ -179,22 +181,53 @@ def test_uniform_weights_and_values_are_the_vanilla_cbm() -> None:
     """The claim of `dotcbm.models.readout`: mean pooling with the value readout is the vanilla CBM."""
     problem, features = make_problem(), make_features()
     head = DotProduct(problem, pooling="mean", readout="value", dim=8).eval()
-    cbm = CBM(problem, standardise=False).eval()
+    cbm = CBM(problem, scaling="none").eval()
     with torch.no_grad():
         cbm.concept.weight.copy_(head.readout.value.weight)
         cbm.concept.bias.copy_(head.readout.beta_M)
     assert torch.allclose(cbm(features).concept_logit_BM, head(features).concept_logit_BM, atol=1e-5)
 
 
-def test_the_activation_map_of_standardised_features_is_exact() -> None:
+@pytest.mark.parametrize("scaling", ["half", "full"])
+def test_the_activation_map_of_scaled_features_is_exact(scaling: Literal["half", "full"]) -> None:
     torch.manual_seed(0)
-    cbm = CBM(make_problem())
+    cbm = CBM(make_problem(), scaling=scaling)
     for seed in range(5):
         cbm(make_features(seed))  # moves the running statistics away from 0 and 1
     out = cbm.eval()(make_features())
     assert out.evidence_BNM is not None
     assert cbm.norm is not None
     assert torch.allclose(out.evidence_BNM.sum(1) + cbm.concept.bias, out.concept_logit_BM, atol=1e-5)
+
+
+def test_half_scaling_divides_by_the_root_of_the_deviation() -> None:
+    cbm = CBM(make_problem(), scaling="half").eval()
+    assert cbm.norm is not None
+    deviation_D = torch.linspace(0.5, 3, D)
+    cbm.norm.running_var = deviation_D.square()
+    cbm.norm.running_mean = torch.full((D,), 0.25)
+    features = make_features()
+    scaled = (features.patch_BND.mean(1) - 0.25) / (deviation_D * deviation_D.mean()).sqrt()
+    assert torch.allclose(cbm(features).concept_logit_BM, cbm.concept(scaled), atol=1e-4)
+
+
+def test_the_penalty_of_the_concept_weights_is_part_of_the_loss() -> None:
+    cbm = CBM(make_problem(), l2=0.3)
+    weight_MD = cbm.concept.weight
+    assert torch.allclose(cbm.train()(make_features()).losses["l2"], 0.15 * weight_MD.square().sum() / weight_MD.shape[0])
+    assert cbm.eval()(make_features()).losses == {}
+    for settings in ({"l2": -1.0}, {"scaling": "twice"}):
+        with pytest.raises(ValueError, match=r"penalty|choose"):
+            CBM(make_problem(), **settings)  # pyright: ignore[reportArgumentType]
+
+
+def test_every_bottleneck_trains_on_one_picture(bottleneck: Bottleneck) -> None:
+    """The last batch of an epoch may hold a single picture."""
+    features = make_features()
+    one = PatchFeatures(patch_BND=features.patch_BND[:1], global_BD=features.global_BD[:1], grid=GRID)
+    out = bottleneck.train()(one)
+    assert out.concept_logit_BM.shape[0] == out.class_logit_BK.shape[0] == 1
+    assert out.class_logit_BK.isfinite().all()
 
 
 def test_a_head_on_logits_reads_logits() -> None:
