@@ -15,12 +15,13 @@ from dotcbm.cli.parser import Parser
 
 if TYPE_CHECKING:
     from dotcbm.cli.train import FitCli
+    from dotcbm.data.source import ConceptDataset
 
 __all__ = ["run"]
 
 _SPLIT = "test"
 _FIGURES = 4  # the first pictures of the test split, one of each of the first classes: not chosen by their result
-_COLUMNS = ("beak", "checked body", "red wing", "horns", "teal head")  # one at least in each of these pictures
+_COLUMNS = 5
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
@@ -99,8 +100,8 @@ def _draw(cli: FitCli, out: Path) -> list[Path]:
         write_png(dataset.read_image(row), str(pictures / f"{row + 1}.png"))
         paths.append(out / f"creature-{row + 1}.png")
         explanation.plot(6).savefig(paths[-1])
-    names = [name for name in _COLUMNS if name in dataset.concepts.names]
-    chosen = [dataset.concepts.names.index(name) for name in names]
+    chosen = _shown_concepts(dataset, len(explanations))
+    names = [dataset.concepts.names[j] for j in chosen]
     grid = plot_heatmap_grid(
         [explanation.picture_3HW for explanation in explanations],
         torch.stack([explanation.heatmaps_MHW[chosen] for explanation in explanations]),
@@ -111,3 +112,16 @@ def _draw(cli: FitCli, out: Path) -> list[Path]:
     paths.append(out / "concepts.png")
     grid.savefig(paths[-1])
     return paths
+
+
+def _shown_concepts(dataset: ConceptDataset, num_pictures: int) -> list[int]:
+    """Concepts that the pictures in turn show, each on another part, as far as there are parts: chosen by the labels alone."""
+    concepts, chosen, parts = dataset.concepts, list[int](), set[tuple[str, ...]]()
+    for turn in range(_COLUMNS):
+        for j in dataset.concept_NM[turn % num_pictures].nonzero()[:, 0].tolist():
+            part = () if concepts.parts is None else concepts.parts[j]
+            if part not in parts:
+                chosen.append(j)
+                parts.add(part)
+                break
+    return chosen

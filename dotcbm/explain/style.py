@@ -62,6 +62,7 @@ _HEAT = "YlOrRd"
 _FADE = 0.55  # share of pale grey in a picture under heat
 _MOST_OPAQUE = 0.85  # the picture stays readable under the hottest spot
 _LONGEST_SIDE = 640  # pixels of a picture in a figure; more cannot be seen and makes heavy files
+_SMALL_BOX = 0.12  # of the side: a cross would hide what is in it
 _METRICS = TextToPath()
 
 
@@ -159,7 +160,7 @@ def draw_heat(
     box: Box | None = None,
     peak: tuple[float, float] | None = None,
 ) -> None:
-    """A picture under a map: heat, the box around its hot cells, and a cross at its peak."""
+    """A picture under a map: heat, the box around its hot cells, and a cross at its peak, which a small box says by itself."""
     height, width = draw_picture(ax, picture_3HW, fade=True)
     heat_HW = upsample(relative_heat(map_HW.float())[None], (height, width), region=region)[0]
     ax.imshow(heat_rgba(heat_HW, probability=probability), interpolation="nearest")
@@ -167,7 +168,8 @@ def draw_heat(
     if box is not None:
         x0, y0, x1, y1 = (value * side for value, side in zip(box, (width, height, width, height), strict=True))
         ax.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=INK, linewidth=1.3, path_effects=halo))
-    if peak is not None:
+    small = box is not None and max(box[2] - box[0], box[3] - box[1]) < _SMALL_BOX
+    if peak is not None and not small:
         ax.plot(peak[0] * width - 0.5, peak[1] * height - 0.5, marker="+", markersize=9, markeredgewidth=1.6, color=INK, path_effects=halo)
     ax.set_xlim(-0.5, width - 0.5)
     ax.set_ylim(height - 0.5, -0.5)

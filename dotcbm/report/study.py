@@ -144,11 +144,15 @@ def run_study(
 
     Returns:
         All records of the study that are there afterwards.
+
+    Raises:
+        ValueError: A row that does not exist, or a record of other settings than the study's.
     """
     unknown = sorted(set(only) - {row.name for row in study.rows})
     if unknown:
         raise ValueError(f"the study {study.name} has no rows {unknown}; it has {[row.name for row in study.rows]}")
     directory.mkdir(parents=True, exist_ok=True)
+    read_records(study, directory)
     missing = [(row, seed) for row, seed in _runs(study, only) if not _path(directory, row, seed).exists()]
     mine = missing[share[0] :: share[1]]
     if mine:
@@ -156,9 +160,11 @@ def run_study(
         data = ConceptDataModule(_SOURCES[study.source["class"]](**source), **study.data)
         frozen = None if study.encoder.get("trainable") else ImageEncoder(**study.encoder)
         for number, (row, seed) in enumerate(mine):
+            path = _path(directory, row, seed)
+            if path.exists():  # another process has made it meanwhile
+                continue
             say(f"{study.name}: run {number + 1} of {len(mine)}: {row.name}, seed {seed}")
             record = _run(study, row, seed, encoder=frozen, data=data)
-            path = _path(directory, row, seed)
             partial_path = path.with_suffix(".partial")
             partial_path.write_text(json.dumps(asdict(record), indent=1) + "\n")
             partial_path.replace(path)
@@ -166,9 +172,29 @@ def run_study(
 
 
 def read_records(study: Study, directory: Path) -> list[Record]:
-    """The records of a study that are there, in the order of its rows and seeds."""
-    paths = [_path(directory, row, seed) for row, seed in _runs(study, ())]
-    return [Record(**json.loads(path.read_text())) for path in paths if path.exists()]
+    """The records of a study that are there, in the order of its rows and seeds.
+
+    Raises:
+        ValueError: A record was made with other settings than the study gives its row now.
+    """
+    records: list[Record] = []
+    for row, seed in _runs(study, ()):
+        path = _path(directory, row, seed)
+        if not path.exists():
+            continue
+        record = Record(**json.loads(path.read_text()))
+        now = json.loads(json.dumps(_settings(study, row)))
+        if record.settings != now:
+            changed = sorted(key for key in record.settings.keys() | now if record.settings.get(key) != now.get(key))
+            raise ValueError(
+                f"{path}: made with other settings than {row.name!r} has now ({', '.join(changed)}); delete it, or choose another --out"
+            )
+        records.append(record)
+    return records
+
+
+def _settings(study: Study, row: Row) -> dict[str, Any]:
+    return {"bottleneck": row.bottleneck, **row.settings, **study.task, **row.task, "epochs": row.epochs or study.epochs}
 
 
 def _runs(study: Study, only: Sequence[str]) -> Iterator[tuple[Row, int]]:
@@ -193,10 +219,9 @@ def _run(study: Study, row: Row, seed: int, *, encoder: ImageEncoder | None, dat
     if encoder is None:
         torch.manual_seed(seed)
         encoder = ImageEncoder(**study.encoder)
-    epochs = row.epochs or study.epochs
     task = ConceptTask(encoder, partial(_BOTTLENECKS[row.bottleneck], **row.settings), **{**study.task, **row.task, "seed": seed})
     trainer = pl.Trainer(
-        max_epochs=epochs,
+        max_epochs=row.epochs or study.epochs,
         devices=1,
         logger=False,
         enable_checkpointing=False,
@@ -216,7 +241,7 @@ def _run(study: Study, row: Row, seed: int, *, encoder: ImageEncoder | None, dat
         study=study.name,
         row=row.name,
         seed=seed,
-        settings={"bottleneck": row.bottleneck, **row.settings, **study.task, **row.task, "epochs": epochs},
+        settings=_settings(study, row),
         figures=figures,
         seconds=time.monotonic() - start,
         device=device,

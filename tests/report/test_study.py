@@ -58,6 +58,14 @@ def test_every_run_is_made_once_and_a_stopped_study_goes_on(tmp_path: Path) -> N
     assert len(said) == 2
 
 
+def test_records_of_other_settings_are_not_taken_for_the_study(tmp_path: Path) -> None:
+    study, out = make_study(tmp_path), tmp_path / "records"
+    run_study(study, out, only=["DOT-CBM"], say=str)
+    changed = replace(study, rows=(study.rows[0], replace(study.rows[1], settings={"dim": 4, "iterations": 5})))
+    with pytest.raises(ValueError, match=r"dot-cbm-seed0.json: made with other settings than 'DOT-CBM' has now \(dim\); delete it"):
+        run_study(changed, out, say=str)
+
+
 def test_processes_share_the_runs_without_overlap(tmp_path: Path) -> None:
     study, said = replace(make_study(tmp_path), seeds=(0,)), []
     for number in range(2):
