@@ -122,6 +122,14 @@ def test_a_run_can_be_repeated_from_its_own_config(home):
         assert torch.equal(value, second[name]), name
 
 
+def test_the_config_of_a_run_is_read_by_the_other_commands(home, capsys):
+    for extra in ([], ["--overwrite"], ["--resume"]):
+        assert main(["fit", "--config", TINY, "--run_dir", "runs/read", *extra]) == 0
+        assert not {"resume", "overwrite", "ckpt_path"} & yaml.safe_load(Path("runs/read/config.yaml").read_text()).keys()
+        assert main(["test", "--config", "runs/read/config.yaml"]) == 0
+        assert str(Path("runs/read/checkpoints/model.ckpt")) in capsys.readouterr().out
+
+
 def test_a_run_that_was_interrupted_ends_with_the_same_weights(home, monkeypatch):
     def stop(task: ConceptTask) -> None:
         if task.current_epoch == 1:

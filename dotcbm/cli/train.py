@@ -84,10 +84,16 @@ def _no_advertising(record: logging.LogRecord) -> bool:
     return "litlogger" not in record.getMessage() and "TPU available" not in record.getMessage()
 
 
+_OF_ONE_START = ("resume", "overwrite", "ckpt_path")  # how a run was started once; the other commands read its config too
+
+
 class _SaveConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save the config of training runs; measuring a model must not change what is written of its training."""
         if stage == "fit":
+            self.config = self.config.clone()
+            for name in _OF_ONE_START:
+                self.config.pop(name, None)
             super().setup(trainer, pl_module, stage)
 
 
