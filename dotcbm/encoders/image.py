@@ -92,6 +92,8 @@ class ImageEncoder(nn.Module):
             self.preprocessing = replace(tower.preprocessing, resize="squash", crop_fraction=1.0)
         self.tower = tower.module
         self.requires_grad_(trainable)
+        if trainable:
+            self.tower.to(memory_format=torch.channels_last)  # convolutions train nearly twice as fast so
         self.grid, self.width, self.global_width = self._probe()
         self.train(trainable)
         self._forget()
