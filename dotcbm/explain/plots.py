@@ -55,7 +55,7 @@ _VIEWS = {
 
 
 def plot_overlay(explanation: Explanation, concept: str, *, ax: Axes | None = None) -> Figure:
-    """One concept's map over the picture, with box, peak, probability and contribution.
+    """One concept's map over the picture, with probability, contribution and, if it is seen (50 % or more), box and peak.
 
     Raises:
         ValueError: There is no such concept.
@@ -248,14 +248,15 @@ def _num_against(n: int) -> int:
 
 
 def _overlay(ax: Axes, explanation: Explanation, evidence: ConceptEvidence, *, inches: float) -> None:
+    seen = evidence.probability >= 0.5  # a concept that is not there has no place to frame
     draw_heat(
         ax,
         explanation.picture_3HW,
         explanation.heatmaps_MHW[evidence.index],
         probability=evidence.probability,
         region=explanation.region,
-        box=evidence.box,
-        peak=evidence.peak,
+        box=evidence.box if seen else None,
+        peak=evidence.peak if seen else None,
     )
     ax.annotate(
         wrapped(evidence.name, inches=inches, size=NAME, bold=True), (0, 1), xycoords="axes fraction", xytext=(0, 17),

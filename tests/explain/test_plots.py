@@ -104,6 +104,8 @@ def test_the_detector_of_overlaps_sees_one() -> None:
 
 
 def test_overlay_is_the_map_at_the_pictures_size_with_opacity_from_heat_and_probability(explanation: Explanation) -> None:
+    index = explanation.concept_names.index("blue head")
+    explanation = replace(explanation, concept_M=explanation.concept_M.index_fill(0, torch.tensor([index]), 0.8))
     evidence = explanation.concept("blue head")
     (ax,) = plots.plot_overlay(explanation, "blue head").axes
     shown, heat = (np.asarray(image.get_array()) for image in ax.images)
@@ -122,6 +124,15 @@ def test_overlay_is_the_map_at_the_pictures_size_with_opacity_from_heat_and_prob
     (cross,) = ax.lines
     assert (cross.get_xdata()[0], cross.get_ydata()[0]) == pytest.approx((evidence.peak[0] * 64 - 0.5, evidence.peak[1] * 48 - 0.5))  # pyright: ignore
     assert {t.get_text() for t in ax.texts} == {"blue head", style.percent(evidence.probability), style.signed(evidence.contribution)}
+
+
+def test_a_concept_that_is_not_seen_has_no_place(explanation: Explanation) -> None:
+    index = explanation.concept_names.index("blue head")
+    unseen = replace(explanation, concept_M=explanation.concept_M.index_fill(0, torch.tensor([index]), 0.49))
+    assert unseen.concept("blue head").box is not None
+    (ax,) = plots.plot_overlay(unseen, "blue head").axes
+    assert not ax.patches
+    assert not ax.lines
 
 
 def test_bars_are_the_contributions_and_add_up_to_the_logit(explanation: Explanation) -> None:
