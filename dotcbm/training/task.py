@@ -153,8 +153,8 @@ class ConceptTask(LightningModule):
         if self.regime == "two_stage" and self.head_l2 == "auto" and not data.has_validation:
             # fit_head would say the same, after an hour.
             raise ValueError("head_l2 'auto' chooses on a validation split, and there is none; set val_fraction above 0 or give a number")
-        # In stage 1 the head gets no gradient, which DDP must know before it starts.
-        self.model.bottleneck.head.requires_grad_(self.regime == "joint")
+        # In stage 1 the head gets no gradient, which DDP must know before it starts. It refuses a model without any gradient.
+        self.model.bottleneck.head.requires_grad_(self.regime == "joint" or self._is_all_head)
         self._pos_weight_M = data.concept_pos_weights() if self.concept_weighting == "balanced" else None
         self._class_weight_K = data.class_weights() if self.class_weighting == "balanced" else None
 
@@ -179,6 +179,8 @@ class ConceptTask(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
         """AdamW (the paper's), with the encoder as a group of its own; None if there is nothing to train by gradients."""
+        if self._is_all_head:
+            return None
         bottleneck = [p for p in self.model.bottleneck.parameters() if p.requires_grad]
         encoder = [p for p in self.model.encoder.parameters() if p.requires_grad]
         groups = [
@@ -186,11 +188,17 @@ class ConceptTask(LightningModule):
             for parameters, lr in ((bottleneck, self.lr), (encoder, self.encoder_lr or self.lr))
             if parameters
         ]
-        return torch.optim.AdamW(groups, weight_decay=self.weight_decay) if bottleneck else None
+        return torch.optim.AdamW(groups, weight_decay=self.weight_decay)
+
+    @property
+    def _is_all_head(self) -> bool:
+        bottleneck = self.model.bottleneck
+        of_head = {id(p) for p in bottleneck.head.parameters()}
+        return self.regime == "two_stage" and all(id(p) in of_head for p in bottleneck.parameters())
 
     def on_train_start(self) -> None:
         """A bottleneck without a trainable concept part (a linear probe) goes straight to stage 2."""
-        if self.regime == "two_stage" and not any(p.requires_grad for p in self.model.bottleneck.parameters()):
+        if self._is_all_head:
             rank_zero_info(f"{type(self.model.bottleneck).__name__} has nothing to train but its head: straight to the head")
             self.trainer.should_stop = True
 

@@ -16,6 +16,7 @@ from fakes.source import TinySource
 from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.encoders.image import ImageEncoder
 from dotcbm.models.dot_cbm import DotCBM
+from dotcbm.models.linear_probe import LinearProbe
 from dotcbm.structures import Problem
 from dotcbm.training.checkpoints import Checkpoints
 from dotcbm.training.task import ConceptTask
@@ -25,7 +26,7 @@ def bottleneck(problem: Problem) -> DotCBM:
     return DotCBM(problem, dim=16, dropout=0.0, iterations=5)
 
 
-def train(folder: Path, *, devices: int) -> None:
+def train(folder: Path, *, devices: int, probe: bool = False) -> None:
     """Train and test with 16 pictures a step, and save weights and figures."""
     torch.manual_seed(0)
     encoder = ImageEncoder("timm/test_resnet", pretrained=False, image_size=64)
@@ -37,7 +38,7 @@ def train(folder: Path, *, devices: int) -> None:
         cache_dir=str(folder / "cache"),
         views=["plain", "flip"],
     )
-    task = ConceptTask(encoder, bottleneck, lr=1e-3, head_l2="auto")
+    task = ConceptTask(encoder, LinearProbe if probe else bottleneck, lr=1e-3, head_l2="auto")
     trainer = pl.Trainer(
         max_epochs=3,
         accelerator="cpu",
@@ -59,4 +60,4 @@ def train(folder: Path, *, devices: int) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    train(Path(sys.argv[1]), devices=int(sys.argv[2]))
+    train(Path(sys.argv[1]), devices=int(sys.argv[2]), probe="probe" in sys.argv)
