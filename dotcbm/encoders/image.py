@@ -64,7 +64,7 @@ class ImageEncoder(nn.Module):
 
         Raises:
             ValueError: An unknown name (with near matches), a size or layer that the model does not have, or a damaged folder.
-            MissingWeightsError: Weights that are not on this machine.
+            MissingWeightsError: Weights that are not on this machine, or cannot be downloaded.
         """
         super().__init__()
         if resize not in ("squash", "crop"):
@@ -85,7 +85,12 @@ class ImageEncoder(nn.Module):
         if blueprint is not None:
             tower = _from_blueprint(blueprint, layer=layer)
         else:
-            tower = _from_name(name, image_size=image_size, layer=layer, pretrained=pretrained, allow_download=allow_download)
+            try:
+                tower = _from_name(name, image_size=image_size, layer=layer, pretrained=pretrained, allow_download=allow_download)
+            except OSError as error:
+                if not allow_download or isinstance(error, MissingWeightsError):
+                    raise
+                raise MissingWeightsError.unreachable(name, error) from error
         self.blueprint = tower.blueprint
         self.preprocessing: Preprocessing = tower.preprocessing
         if resize == "squash":

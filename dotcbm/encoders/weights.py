@@ -30,6 +30,16 @@ class MissingWeightsError(FileNotFoundError, ValueError):
             "or start from random weights (pretrained: false)."
         )
 
+    @classmethod
+    def unreachable(cls, name: str, error: OSError) -> MissingWeightsError:
+        """The error for the encoder `name`, whose download failed with `error`."""
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        return cls(
+            f"the weights of {name} are not on this machine and could not be downloaded: {reason}\n"
+            "Check the network, or fetch them elsewhere and give the folder that holds them (name: local-dir:<path>), "
+            "or start from random weights (pretrained: false)."
+        )
+
 
 def near_matches(name: str, known: Sequence[str]) -> str:
     """ "; did you mean ...?" with the nearest of the `known` names, or "" if none is near."""
