@@ -245,7 +245,7 @@ def _read_checkpoint(path: Path) -> _Stored:
         raise ValueError(f"{path}: is no checkpoint of dotcbm (no entry 'dotcbm'); expected a .ckpt that `dotcbm fit` wrote")
     about = found["dotcbm"]
     _check_format(about, path)
-    if path.name == "last.ckpt" and about.get("regime") == "two_stage":
+    if path.name == "last.ckpt" and about.get("regime") != "joint":
         warnings.warn(
             f"{path}: was written during training, before its class head was fitted; model.ckpt holds the finished model", stacklevel=3
         )

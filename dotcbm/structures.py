@@ -269,6 +269,9 @@ class ConceptOutput:
         theta_BN: (B, N) patch marginal.
         gamma_BM: (B, M) concept marginal, as column sums of the plan.
         residual_B: (B,) L1 violation of the marginals that the solver left.
+        context_BX: (B, ...) what the class head reads beside the concept logits (`Bottleneck.head_input`); None where it reads
+            the concepts alone.
+        auxiliary_BK: (B, K) class logits of a second head that serves the training only.
         losses: Terms that only the bottleneck can compute (orthogonality), by name, unweighted scalars.
     """
 
@@ -280,6 +283,8 @@ class ConceptOutput:
     theta_BN: Tensor | None = None
     gamma_BM: Tensor | None = None
     residual_B: Tensor | None = None
+    context_BX: Tensor | None = None
+    auxiliary_BK: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -69,19 +69,16 @@ class CBM(Bottleneck):
         logit_BM = self.concept(self.dropout(self._scaled(patch_BND.mean(1))))
         return ConceptOutput(
             concept_logit_BM=logit_BM,
-            class_logit_BK=self.head(self._read_by_head(logit_BM)),
+            class_logit_BK=self.classify(logit_BM),
             grid=features.grid,
             evidence_BNM=None if self.training else self._scaled(patch_BND) @ self.concept.weight.T / patch_BND.shape[1],
             losses={"l2": self.l2 / 2 * self.concept.weight.square().sum(1).mean()} if self.training and self.l2 else {},
         )
 
-    def head_input(self, features: PatchFeatures, output: ConceptOutput) -> Tensor:
+    def head_input(self, concept_logit_BM: Tensor, context_BX: Tensor | None = None) -> Tensor:
         """(B, M) probabilities or logits."""
-        del features
-        return self._read_by_head(output.concept_logit_BM)
-
-    def _read_by_head(self, logit_BM: Tensor) -> Tensor:
-        return logit_BM if self.head_on == "logit" else logit_BM.sigmoid()
+        del context_BX
+        return concept_logit_BM if self.head_on == "logit" else concept_logit_BM.sigmoid()
 
     def _scaled(self, feature: Tensor) -> Tensor:
         if self.norm is None:

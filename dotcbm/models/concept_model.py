@@ -94,6 +94,8 @@ class ConceptModel(nn.Module):
             features = self.encoder(batch.image_B3HW)
         if features.saliency_BN is None and batch.foreground_BHW is not None:
             features = replace(features, saliency_BN=map_to_grid(batch.foreground_BHW.float(), features.grid))
+        if self.training and self.bottleneck.trains_on_truth:
+            return self.bottleneck(features, truth_BM=batch.concepts_BM)
         return self.bottleneck(features)
 
     def prepare(self, pictures: Sequence[Picture]) -> Tensor:

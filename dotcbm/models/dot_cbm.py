@@ -195,7 +195,7 @@ class DotCBM(Bottleneck):
         )
         return ConceptOutput(
             concept_logit_BM=logit_BM,
-            class_logit_BK=self.head(logit_BM.sigmoid()),
+            class_logit_BK=self.classify(logit_BM),
             grid=features.grid,
             evidence_BNM=evidence_BNM,
             plan_BNM=plan_BNM,

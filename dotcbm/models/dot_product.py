@@ -100,7 +100,7 @@ class DotProduct(Bottleneck):
         )
         return ConceptOutput(
             concept_logit_BM=logit_BM,
-            class_logit_BK=self.head(logit_BM.sigmoid()),
+            class_logit_BK=self.classify(logit_BM),
             grid=features.grid,
             evidence_BNM=evidence_BNM,
             losses={

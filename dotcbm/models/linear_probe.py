@@ -5,6 +5,8 @@ It is the yardstick of class accuracy. Its concept logits are all zero (probabil
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from dotcbm.models.base import Bottleneck
@@ -15,6 +17,8 @@ __all__ = ["LinearProbe"]
 
 class LinearProbe(Bottleneck):
     """Linear classes on the encoder's global token."""
+
+    reads_concepts: ClassVar[bool] = False
 
     def __init__(self, problem: Problem) -> None:
         """Args:
@@ -30,9 +34,11 @@ class LinearProbe(Bottleneck):
             concept_logit_BM=pooled.new_zeros(pooled.shape[0], self.problem.concepts.num_concepts),
             class_logit_BK=self.head(pooled),
             grid=features.grid,
+            context_BX=pooled,
         )
 
-    def head_input(self, features: PatchFeatures, output: ConceptOutput) -> Tensor:
-        """(B, D_g) the global token."""
-        del output
-        return features.global_BD.to(self.head.weight.dtype)
+    def head_input(self, concept_logit_BM: Tensor, context_BX: Tensor | None = None) -> Tensor:
+        """(B, D_g) the global token, whatever the concepts."""
+        del concept_logit_BM
+        assert context_BX is not None
+        return context_BX

@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dotcbm.data.source import ConceptDataset
+from dotcbm.models.base import Bottleneck
 from dotcbm.models.concept_model import ConceptModel
 from dotcbm.structures import ConceptBatch
 
-__all__ = ["HEAD_L2_GRID", "HeadFit", "collect_head_input", "fit_head"]
+__all__ = ["HEAD_L2_GRID", "HeadFit", "check_reads_truth", "collect_head_input", "fit_head", "true_head_input"]
 
 HEAD_L2_GRID = (1.0, 0.3, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 """Strengths that "auto" tries. With n pictures, scikit-learn's C is 1 / (l2 n)."""
@@ -120,19 +122,39 @@ def collect_head_input(model: ConceptModel, batches: Iterable[ConceptBatch]) -> 
     inputs, labels = [], []
     try:
         for batch in batches:
-            moved = batch.to(device)
-            features = moved.features
-            if features is None:
-                if moved.image_B3HW is None:
-                    raise ValueError("the batch holds neither pictures nor features")
-                features = model.encoder(moved.image_B3HW)
-                moved = replace(moved, image_B3HW=None, features=features)
-            output = model.forward_batch(moved)
-            inputs.append(model.bottleneck.head_input(features, output).float().cpu())
+            output = model.forward_batch(batch.to(device))
+            inputs.append(model.bottleneck.head_input(output.concept_logit_BM, output.context_BX).float().cpu())
             labels.append(batch.label_B)
     finally:
         model.train(was_training)
     return torch.cat(inputs), torch.cat(labels)
+
+
+def check_reads_truth(bottleneck: Bottleneck) -> None:
+    """Check that a head can be fitted to true concepts: that certain concepts give it finite inputs.
+
+    Raises:
+        ValueError: The head reads logits, which are infinite for certain concepts, or a context that no label gives.
+    """
+    certain_1M = torch.full((1, bottleneck.problem.concepts.num_concepts), torch.inf)
+    usable = bottleneck.reads_concepts and bottleneck.head.in_features == certain_1M.shape[1]
+    if not usable or not bottleneck.head_input(certain_1M).isfinite().all():
+        raise ValueError(
+            f"regime 'independent' fits the head to true concepts, 0 or 1; the head of {type(bottleneck).__name__} reads something else "
+            "than concept probabilities. Choose 'two_stage' or 'joint', or for CBM head_on: probability"
+        )
+
+
+def true_head_input(bottleneck: Bottleneck, dataset: ConceptDataset) -> tuple[Tensor, Tensor]:
+    """(n, M) what the head would read of pictures whose concepts are certain, and (n,) labels.
+
+    An unknown concept counts with its frequency among the known ones; 0.5 if it is never known.
+    """
+    truth_nM = dataset.concept_NM
+    frequency_M = truth_nM.nanmean(0).nan_to_num(0.5)
+    truth_nM = torch.where(truth_nM.isnan(), frequency_M, truth_nM)
+    device = bottleneck.head.weight.device
+    return bottleneck.head_input(torch.logit(truth_nM.to(device))).detach().float().cpu(), dataset.label_N
 
 
 def _solve(

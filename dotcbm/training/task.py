@@ -2,7 +2,10 @@
 
     two_stage   1. concepts:  0.8 BCE(concepts) + 0.15 L_VOP + 0.2 L_TOP  (Xie et al., CVPR 2025, equation 15, weights for CUB)
                 2. classes:   the linear head on the frozen concepts, solved to the optimum (`dotcbm.training.head_fit`)
+    independent like two_stage, but the head is fitted to the true concepts of the training pictures
     joint       both at once, plus class_weight * CE(classes)
+
+Koh et al. (ICML 2020) call the three sequential, independent and joint.
 
 Departure from the paper: stage 2 is a convex problem and is solved as one, not by AdamW.
 
@@ -13,7 +16,7 @@ resumed ends with the weights of one that ran through.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,19 +28,19 @@ from dotcbm.data.batches import mix_seed
 from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.encoders.image import ImageEncoder
 from dotcbm.encoders.text import TextEncoder
-from dotcbm.losses import concept_loss
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.concept_model import ConceptModel
 from dotcbm.structures import ConceptBatch, ConceptOutput, Problem
 from dotcbm.training.evaluation import Evaluation
 from dotcbm.training.guard import check_losses
-from dotcbm.training.head_fit import HeadFit, collect_head_input, fit_head
+from dotcbm.training.head_fit import HeadFit, check_reads_truth, collect_head_input, fit_head, true_head_input
 from dotcbm.training.kept_weights import KeptWeights
 from dotcbm.training.record import check_record, make_record, record_tensors
+from dotcbm.training.sparse_head import fit_sparse_head
 
 __all__ = ["ConceptTask", "Regime", "Weighting"]
 
-Regime = Literal["two_stage", "joint"]
+Regime = Literal["two_stage", "independent", "joint"]
 Weighting = Literal["none", "balanced"]
 
 _DROPOUT, _WEIGHTS = 1, 2  # separate streams of the seed
@@ -74,6 +77,7 @@ class ConceptTask(LightningModule):
         class_weighting: Weighting = "none",
         head_l2: float | Literal["auto"] = "auto",
         head_views: Literal["plain", "all"] = "plain",
+        head_nec: int | None = None,
         monitor: str | None = None,
         ema_decay: float | None = None,
         seed: int = 0,
@@ -93,7 +97,9 @@ class ConceptTask(LightningModule):
         class_weighting: "balanced" weighs pictures by the inverse frequency of their class.
         head_l2: L2 strength of stage 2, or "auto" for the best on the validation split.
         head_views: Fit stage 2 to the training pictures as they are, or to all views of the data module.
-        monitor: Validation figure whose best epoch is kept: "val/concept_auroc" in two stages, "val/accuracy" jointly.
+        head_nec: Fit a sparse head with this many effective concepts (non-zero weights) a class (`dotcbm.training.sparse_head`);
+            None for a dense one. `head_l2` is then not read.
+        monitor: Validation figure whose best epoch is kept: "val/accuracy" jointly, else "val/concept_auroc".
         ema_decay: Validate and keep a moving mean of the weights; None for the weights themselves.
         seed: Of initial weights and dropout.
 
@@ -101,12 +107,16 @@ class ConceptTask(LightningModule):
             ValueError: A setting out of range.
         """
         super().__init__()
-        if regime not in ("two_stage", "joint"):
-            raise ValueError(f"regime is {regime!r}; choose 'two_stage' or 'joint'")
+        if regime not in get_args(Regime):
+            raise ValueError(f"regime is {regime!r}; choose one of {list(get_args(Regime))}")
         if not lr > 0 or lr_halve_every < 0:
             raise ValueError(f"lr is {lr} and lr_halve_every {lr_halve_every}; lr must be positive, lr_halve_every 0 or more epochs")
         if head_l2 != "auto" and not head_l2 > 0:
             raise ValueError(f"head_l2 is {head_l2!r}; give a positive number or 'auto'")
+        if head_nec is not None and head_nec < 1:
+            raise ValueError(f"head_nec is {head_nec}; a class needs one concept at least, or None for a dense head")
+        if head_nec is not None and regime == "joint":
+            raise ValueError("head_nec fits a sparse head after the concepts; in the joint regime the head is trained with them")
         # Kept out of the module's own children: they are part of `model`, and a text tower is no part of it at all.
         object.__setattr__(self, "encoder", encoder)
         object.__setattr__(self, "text", text)
@@ -121,7 +131,8 @@ class ConceptTask(LightningModule):
         self.class_weighting: Weighting = class_weighting
         self.head_l2: float | Literal["auto"] = head_l2
         self.head_views: Literal["plain", "all"] = head_views
-        self.monitor = monitor or ("val/concept_auroc" if regime == "two_stage" else "val/accuracy")
+        self.head_nec = head_nec
+        self.monitor = monitor or ("val/accuracy" if regime == "joint" else "val/concept_auroc")
         self.ema_decay = ema_decay
         self.seed = seed
         self.head_fit: HeadFit | None = None
@@ -150,11 +161,16 @@ class ConceptTask(LightningModule):
             self._fingerprint = self.encoder.fingerprint()
         if stage != "fit":
             return
-        if self.regime == "two_stage" and self.head_l2 == "auto" and not data.has_validation:
+        bottleneck = self.model.bottleneck
+        if bottleneck.head_by_gradient and self.regime != "joint":
+            raise ValueError(f"the head of {type(bottleneck).__name__} is trained by gradients; set regime to 'joint', not {self.regime!r}")
+        if self.regime == "independent":
+            check_reads_truth(bottleneck)
+        if self.regime != "joint" and self.head_nec is None and self.head_l2 == "auto" and not data.has_validation:
             # fit_head would say the same, after an hour.
             raise ValueError("head_l2 'auto' chooses on a validation split, and there is none; set val_fraction above 0 or give a number")
         # In stage 1 the head gets no gradient, which DDP must know before it starts. It refuses a model without any gradient.
-        self.model.bottleneck.head.requires_grad_(self.regime == "joint" or self._is_all_head)
+        bottleneck.head.requires_grad_(self.regime == "joint" or self._is_all_head)
         self._pos_weight_M = data.concept_pos_weights() if self.concept_weighting == "balanced" else None
         self._class_weight_K = data.class_weights() if self.class_weighting == "balanced" else None
 
@@ -194,7 +210,7 @@ class ConceptTask(LightningModule):
     def _is_all_head(self) -> bool:
         bottleneck = self.model.bottleneck
         of_head = {id(p) for p in bottleneck.head.parameters()}
-        return self.regime == "two_stage" and all(id(p) in of_head for p in bottleneck.parameters())
+        return self.regime != "joint" and all(id(p) in of_head for p in bottleneck.parameters())
 
     def on_train_start(self) -> None:
         """A bottleneck without a trainable concept part (a linear probe) goes straight to stage 2."""
@@ -236,9 +252,9 @@ class ConceptTask(LightningModule):
         return loss
 
     def losses(self, output: ConceptOutput, batch: ConceptBatch) -> dict[str, Tensor]:
-        """The unweighted terms: "concept", those of the bottleneck ("vop", "top"), and "class" in the joint regime."""
+        """The unweighted terms: those of the bottleneck ("concept", "vop", "top"), and "class" in the joint regime."""
         pos_weight_M = None if self._pos_weight_M is None else self._pos_weight_M.to(self.device)
-        terms = {"concept": concept_loss(output.concept_logit_BM, batch.concepts_BM, pos_weight_M=pos_weight_M), **output.losses}
+        terms = self.model.bottleneck.losses(output, concepts_BM=batch.concepts_BM, label_B=batch.label_B, pos_weight_M=pos_weight_M)
         if self.regime == "joint":
             class_weight_K = None if self._class_weight_K is None else self._class_weight_K.to(self.device)
             terms["class"] = F.cross_entropy(output.class_logit_BK, batch.label_B, weight=class_weight_K)
@@ -299,16 +315,19 @@ class ConceptTask(LightningModule):
             return
         data = self.data
         views = data.views if self.head_views == "all" else ("plain",)
-        collected = [collect_head_input(self.model, data.plain_loader("train", annotations=self._annotations, view=view)) for view in views]
+        if self.regime == "independent":
+            collected = [true_head_input(self.model.bottleneck, data.dataset("train"))]
+        else:
+            loaders = (data.plain_loader("train", annotations=self._annotations, view=view) for view in views)
+            collected = [collect_head_input(self.model, loader) for loader in loaders]
         val = collect_head_input(self.model, data.plain_loader("val", annotations=self._annotations)) if data.has_validation else None
-        fit = fit_head(
-            torch.cat([inputs for inputs, _ in collected]),
-            torch.cat([labels for _, labels in collected]),
-            num_classes=self.model.concepts.num_classes,
-            l2=None if self.head_l2 == "auto" else self.head_l2,
-            val=val,
-            class_weight_K=self._class_weight_K,
-        )
+        inputs, labels = torch.cat([inputs for inputs, _ in collected]), torch.cat([labels for _, labels in collected])
+        num_classes = self.model.concepts.num_classes
+        if self.head_nec is not None:
+            fit = fit_sparse_head(inputs, labels, num_classes=num_classes, nec=self.head_nec, val=val, class_weight_K=self._class_weight_K)
+        else:
+            l2 = None if self.head_l2 == "auto" else self.head_l2
+            fit = fit_head(inputs, labels, num_classes=num_classes, l2=l2, val=val, class_weight_K=self._class_weight_K)
         fit = self.trainer.strategy.broadcast(fit)  # processes may differ in the last digits
         with torch.no_grad():
             head.weight.copy_(fit.weight_KF)

@@ -235,7 +235,7 @@ def test_a_head_on_logits_reads_logits() -> None:
     cbm = CBM(problem, head_on="logit").eval()
     out = cbm(features)
     assert torch.allclose(out.class_logit_BK, cbm.head(out.concept_logit_BM))
-    assert torch.equal(cbm.head_input(features, out), out.concept_logit_BM)
+    assert torch.equal(cbm.head_input(out.concept_logit_BM), out.concept_logit_BM)
 
 
 def test_linear_probe_reads_the_global_token() -> None:
@@ -243,7 +243,7 @@ def test_linear_probe_reads_the_global_token() -> None:
     probe = LinearProbe(problem).eval()
     out = probe(features)
     assert torch.allclose(out.class_logit_BK, probe.head(features.global_BD))
-    assert torch.equal(probe.head_input(features, out), features.global_BD)
+    assert torch.equal(probe.head_input(out.concept_logit_BM, out.context_BX), features.global_BD)
 
 
 @pytest.mark.parametrize(
