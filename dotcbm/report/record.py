@@ -23,8 +23,8 @@ __all__ = [
     "Figure",
     "Finding",
     "GroupRow",
-    "InterventionCurve",
     "Interval",
+    "InterventionCurve",
     "ModelCard",
     "PartRow",
     "PictureCard",
@@ -184,9 +184,9 @@ class ConceptRow:
         leakage: CTL, in shares of the class's entropy.
         pointing, pointing_prior: Peak on the part (in its mask, or within 0.1 diagonals of a key point), and the prior's.
         part_mass: Share of the map inside the part's mask.
-        background_share: Share of the map outside the object, where the concept is there; `background_area` is the control, the share of the
-            picture outside the object.
-        occlusion_drop, random_drop: Mean fall of the probability when its region, or a random region of the same size, is covered.
+        background_share: Share of the map outside the object, where the concept is there; `background_area` is the control, the
+            share of the picture outside the object.
+        occlusion_drop, random_drop: Mean fall of the probability when its region, or a random one of the same size, is covered.
         weight_span: Largest minus smallest weight of the head over the classes.
     """
 
@@ -258,8 +258,8 @@ class Suspect:
         background_share: Of the concept's map, on the pictures of the class that have it.
         weight: What the concept adds to the class's logit, mean over those pictures.
         suspicion: background_share times weight, what the list is sorted by.
-        swap_drop: Fall of the concept's probability when the background is exchanged for another class's, and `control_drop` for one of the same
-            class; None where no picture could be swapped.
+        swap_drop: Fall of the concept's probability when the background is exchanged for another class's, and `control_drop` for
+            one of the same class; None where no picture could be swapped.
         verdict: Whether the swap confirms that the background carries the concept.
     """
 
