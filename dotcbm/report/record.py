@@ -35,7 +35,8 @@ __all__ = [
     "Thumbnail",
 ]
 
-FORMAT = 1
+FORMAT = 2
+"""2 counts what a curve of interventions and a sweep of thresholds were measured on."""
 
 Section = Literal[
     "verdict", "errors", "classes", "concepts", "parts", "suspects", "interventions", "groups", "controls", "pictures", "grid", "card"
@@ -240,6 +241,7 @@ class DetectionSweep:
         map: Which map: "plan", "evidence", "prior", "random", "attribution".
         thresholds: Shares of the map's maximum.
         mean_average_precision, share_correct: At IoU 0.5, mean over parts, and over all boxes.
+        num_boxes: Pairs of picture and concept with a true box, which both are measured on; None where unknown.
     """
 
     map: str
@@ -247,6 +249,7 @@ class DetectionSweep:
     mean_average_precision: tuple[float | None, ...]
     share_correct: tuple[float | None, ...]
     paper: float = 0.6
+    num_boxes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -284,6 +287,7 @@ class InterventionCurve:
         area: Mean of `accuracy` over the number of groups.
         steps_down: The largest fall from one step to a later one, in accuracy; 0 if monotone.
         spread: Standard deviation over the orders drawn, for policies that draw; else None.
+        num_pictures: Pictures corrected; None where unknown.
     """
 
     policy: str
@@ -292,6 +296,7 @@ class InterventionCurve:
     area: float
     steps_down: float
     spread: tuple[float, ...] | None = None
+    num_pictures: int | None = None
 
 
 @dataclass(frozen=True)
