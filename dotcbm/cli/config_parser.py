@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 
-from dotcbm.cli.catalog import subclasses
+from dotcbm.catalog import subclasses
 from dotcbm.cli.suggest import nearest
 from dotcbm.data.source import ConceptSource
 from dotcbm.encoders.image import ImageEncoder

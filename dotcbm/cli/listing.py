@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dotcbm.cli.catalog import first_line, load_all, subclasses
+from dotcbm.catalog import first_line, load_all, subclasses
 from dotcbm.cli.parser import Parser
 
 __all__ = ["run"]

@@ -1,4 +1,4 @@
-"""`dotcbm study`: many bottlenecks and seeds on one data set, one record a run, one table."""
+"""`dotcbm study`: many bottlenecks and seeds on one or several data sets, one record a run, one table and figure a claim."""
 
 from __future__ import annotations
 
@@ -6,55 +6,75 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dotcbm.cli.parser import Parser
 
-__all__ = ["run"]
+if TYPE_CHECKING:
+    from dotcbm.report.study import Record, Study
 
-_COLUMNS = (
-    ("accuracy", "class accuracy"),
-    ("concept_auroc", "concept AUROC"),
-    ("pointing_0.05_plan|pointing_0.05_evidence", "pointing, r = 0.05"),
-    ("pointing_0.1_plan|pointing_0.1_evidence", "pointing, r = 0.1"),
-    ("pointing_0.1_evidence", "of the evidence"),
-    ("pointing_0.1_prior", "control: prior alone"),
-    ("pointing_mask_plan|pointing_mask_evidence", "peak inside the part"),
-    ("foreground_mass_plan|foreground_mass_evidence", "mass on the object"),
-)
+__all__ = ["run"]
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
-    """Make the missing runs of a study and print its table."""
-    parser = Parser(command, "Train every method of a study on every seed, and print one table. Goes on where it was stopped.")
+    """Make the missing runs of a study, print its tables and, where a report is asked for, write them with their figures."""
+    parser = Parser(command, "Train every method of a study on every seed, and print its tables. Goes on where it was stopped.")
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML of the study, as in configs/studies/")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the records (default: runs/studies/<name>)")
     parser.add_argument("--only", action="append", default=[], metavar="ROW", help="a row of the study; may be given more than once")
+    parser.add_argument("--world", action="append", default=[], metavar="NAME", help="a world of the study; may be given more than once")
     parser.add_argument("--share", default="1/1", metavar="I/N", help="make every N-th missing run, from the I-th (for N processes)")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="write the table there as well")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write tables.md, a figure for each claim and records.jsonl there")
+    parser.add_argument("--no-runs", action="store_true", help="make no run: tables and figures of the records that are there")
     given = parser.parse(arguments)
     number, _, of = given.share.partition("/")
     if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
         parser.error(f"--share is {given.share!r}; it is a fraction like 1/3")
 
-    from dotcbm.report.study import read_study, run_study
-    from dotcbm.report.table import markdown
+    from dotcbm.report.study import read_records, read_study
+    from dotcbm.report.study_run import run_study
+    from dotcbm.report.table import default_claim, markdown
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    try:
-        study = read_study(given.config)
-        records = run_study(
-            study,
-            given.out or Path("runs") / "studies" / study.name,
-            only=given.only,
-            share=(int(number) - 1, int(of)),
-            say=lambda line: print(line, file=sys.stderr, flush=True),
-        )
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on with the runs that have no record yet", file=sys.stderr)
-        return 130
-    splits = sorted({name.split("/")[0] for record in records for name in record.figures if name.startswith("test")})
-    table = markdown(study, records, columns=_COLUMNS, splits=splits)
-    print(f"{' / '.join(splits)}; mean and standard deviation over n seeds, %\n\n{table}")
-    if given.table:
-        given.table.write_text(table)
+    study = read_study(given.config)
+    out = given.out or Path("runs") / "studies" / study.name
+    if given.no_runs:
+        records = read_records(study, out)
+    else:
+        try:
+            records = run_study(
+                study,
+                out,
+                only=given.only,
+                worlds=given.world,
+                share=(int(number) - 1, int(of)),
+                say=lambda line: print(line, file=sys.stderr, flush=True),
+            )
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on with the runs that have no record yet", file=sys.stderr)
+            return 130
+    if not records:
+        raise ValueError(f"{out}: no record of the study {study.name} there; run it without --no-runs")
+    for claim in study.claims or (default_claim(records),):
+        print(f"{claim.question}\nmean ± standard deviation over n seeds, %\n\n{markdown(study, records, claim)}")
+    if given.report:
+        _write(study, records, given.report)
     return 0
+
+
+def _write(study: Study, records: list[Record], directory: Path) -> None:
+    import json
+    from dataclasses import asdict
+
+    from dotcbm.report.study_plot import plot_claim
+    from dotcbm.report.table import default_claim, markdown
+
+    directory.mkdir(parents=True, exist_ok=True)
+    parts = [f"# Study {study.name}: tables\n\nWritten by `dotcbm study`; mean ± standard deviation over n seeds, %.\n"]
+    for claim in study.claims or (default_claim(records),):
+        plot_claim(study, records, claim).savefig(directory / f"{claim.name}.png", metadata={"Software": None})
+        parts.append(f"## {claim.question}\n\n![{claim.question}]({claim.name}.png)\n\n{markdown(study, records, claim)}")
+    (directory / "tables.md").write_text("\n".join(parts), encoding="utf-8")
+    lines = [json.dumps(asdict(record)) for record in records]
+    (directory / "records.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"written: {directory / 'tables.md'}, {len(study.claims) or 1} figures, {directory / 'records.jsonl'}")

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dotcbm
-from dotcbm.cli.catalog import subclasses
+from dotcbm.catalog import subclasses
 from dotcbm.cli.config_parser import ConfigError, ConfigParser, check_yaml, config_files, where_in
 from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.data.source import ConceptSource

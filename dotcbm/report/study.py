@@ -1,41 +1,49 @@
-"""A study: many bottlenecks, several seeds, one encoder, one data set, one table.
+"""A study: many bottlenecks and seeds, in one or several worlds, as its YAML says; and the records that its runs leave.
 
-Every run goes through the same trainer, features and evaluation, and leaves one JSON record. A study that was stopped goes
-on with the runs that have no record yet; several processes can share the runs of one study.
+A world is a data set with an encoder and settings. Each run trains one method with one seed in one world, by the trainer, the
+features and the evaluation that all share, and leaves one JSON record and, where the study asks for it, the record of an audit.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from dotcbm.data.cub import CUB
-from dotcbm.data.datamodule import ConceptDataModule
-from dotcbm.data.folder import Folder
+from dotcbm.catalog import subclasses
 from dotcbm.data.source import ConceptSource
-from dotcbm.data.synthetic import Synthetic
-from dotcbm.encoders.image import ImageEncoder
 from dotcbm.models.base import Bottleneck
-from dotcbm.models.cbm import CBM
-from dotcbm.models.dot_cbm import DotCBM
-from dotcbm.models.dot_product import DotProduct
-from dotcbm.models.linear_probe import LinearProbe
-from dotcbm.training.task import ConceptTask
 
-__all__ = ["Record", "Row", "Study", "read_records", "read_study", "run_study"]
+__all__ = ["MAIN", "Claim", "Record", "Row", "Run", "Study", "World", "make_source", "read_records", "read_study"]
 
-_BOTTLENECKS: dict[str, type[Bottleneck]] = {kind.__name__: kind for kind in (CBM, DotCBM, DotProduct, LinearProbe)}
-_SOURCES: dict[str, type[ConceptSource]] = {kind.__name__: kind for kind in (CUB, Folder, Synthetic)}
+MAIN = "main"
+"""Name of the world that the study's own keys describe."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Where methods are trained and measured.
+
+    Attributes:
+        encoder: Arguments of `ImageEncoder`.
+        source: {"class": a source's class name, and its arguments}; an argument that is such a mapping is a source too.
+        data: Arguments of `ConceptDataModule`.
+        task: Arguments of `ConceptTask` shared by all rows.
+        epochs: Passes over the training pictures.
+        audit: Split to audit after each run (`dotcbm.report.audit`, figures only); None for none.
+    """
+
+    encoder: Mapping[str, Any]
+    source: Mapping[str, Any]
+    data: Mapping[str, Any]
+    task: Mapping[str, Any]
+    epochs: int
+    audit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,9 @@ class Row:
         name: Unique; names the records and the line of the table.
         bottleneck: Class name.
         settings: Its settings.
-        task: Settings of `ConceptTask` on top of the study's.
-        epochs: Instead of the study's.
+        task: Settings of `ConceptTask` on top of the world's.
+        epochs: Instead of the world's.
+        worlds: Where it is run; everywhere by default.
     """
 
     name: str
@@ -55,6 +64,7 @@ class Row:
     settings: Mapping[str, Any] = field(default_factory=dict)
     task: Mapping[str, Any] = field(default_factory=dict)
     epochs: int | None = None
+    worlds: Sequence[str] | None = None
 
     @property
     def slug(self) -> str:
@@ -63,28 +73,56 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """A question that the study answers by one table and one figure.
+
+    Attributes:
+        name: Names the files.
+        question: Heads the table.
+        columns: Pairs of a figure and a heading. A figure is "[world:]split/name"; alternatives are separated by "|".
+        rows: Names of the rows shown; all by default.
+        better: Which way is good, for each column "higher", "lower" or "none"; all "higher" by default.
+    """
+
+    name: str
+    question: str
+    columns: tuple[tuple[str, str], ...]
+    rows: tuple[str, ...] = ()
+    better: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Study:
     """What a study's YAML says; see `configs/studies/`.
 
     Attributes:
         name: Of the study.
-        encoder: Arguments of `ImageEncoder`.
-        source: {"class": a source's class name, and its arguments}.
-        data: Arguments of `ConceptDataModule`.
-        task: Arguments of `ConceptTask` shared by all rows.
-        epochs: Passes over the training pictures.
+        worlds: By name; the first is `MAIN`, the others say only what differs from it.
         seeds: Of weights, orders and dropout.
         rows: The methods.
+        claims: What the records are put together for.
     """
 
     name: str
-    encoder: Mapping[str, Any]
-    source: Mapping[str, Any]
-    data: Mapping[str, Any]
-    task: Mapping[str, Any]
-    epochs: int
+    worlds: Mapping[str, World]
     seeds: tuple[int, ...]
     rows: tuple[Row, ...]
+    claims: tuple[Claim, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with one seed in one world."""
+
+    world: str
+    row: Row
+    seed: int
+
+    @property
+    def stem(self) -> str:
+        """File name of its records, without suffix."""
+        where = "" if self.world == MAIN else f"{self.world}-"
+        return f"{where}{self.row.slug}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -99,151 +137,118 @@ class Record:
     seconds: float
     device: str
     versions: Mapping[str, str]
+    world: str = MAIN
 
 
 def read_study(path: Path) -> Study:
     """Read a study's YAML.
 
     Raises:
-        ValueError: A key that is unknown or missing, a class that does not exist, or a row name that appears twice.
+        ValueError: A key that is unknown or missing, a class that does not exist, or a name that appears twice.
     """
-    values = yaml.safe_load(path.read_text())
+    values = dict(yaml.safe_load(path.read_text()))
+    of_world = {name: values.pop(name) for name in (entry.name for entry in fields(World)) if name in values}
+    others = values.pop("worlds", {}) or {}
     try:
+        worlds = {MAIN: World(**of_world)} | {name: World(**of_world | differs) for name, differs in others.items()}
         rows = tuple(Row(**row) for row in values.pop("rows"))
-        study = Study(**values | {"seeds": tuple(values["seeds"]), "rows": rows})
+        claims = tuple(_claim(claim) for claim in values.pop("claims", []))
+        study = Study(**values | {"seeds": tuple(values["seeds"]), "rows": rows, "worlds": worlds, "claims": claims})
     except (TypeError, KeyError) as error:
-        raise ValueError(f"{path}: {error}; a study has the keys {', '.join(Study.__annotations__)}") from error
-    names = [row.slug for row in rows]
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
-        raise ValueError(f"{path}: the row names {doubled} appear more than once; they name the records")
-    for row in rows:
-        if row.bottleneck not in _BOTTLENECKS:
-            raise ValueError(f"{path}: row {row.name!r} has the bottleneck {row.bottleneck!r}; choose from {sorted(_BOTTLENECKS)}")
-    if study.source.get("class") not in _SOURCES:
-        raise ValueError(f"{path}: the source's class is {study.source.get('class')!r}; choose from {sorted(_SOURCES)}")
+        raise ValueError(
+            f"{path}: {error}; a study has the keys name, seeds, rows, claims, worlds, and for its own world "
+            f"{', '.join(entry.name for entry in fields(World))}"
+        ) from error
+    _check(study, path)
     return study
 
 
-def run_study(
-    study: Study,
-    directory: Path,
-    *,
-    only: Sequence[str] = (),
-    share: tuple[int, int] = (0, 1),
-    say: Callable[[str], None] = print,
-) -> list[Record]:
-    """Make the runs that have no record in `directory` yet.
+def runs_of(study: Study, only: Sequence[str] = ()) -> Iterator[Run]:
+    """All runs, or those of some rows. Seeds outside: a study that is stopped early has every row at least once."""
+    for seed in study.seeds:
+        for world in study.worlds:
+            for row in study.rows:
+                if (not only or row.name in only) and (row.worlds is None or world in row.worlds):
+                    yield Run(world, row, seed)
 
-    Args:
-        study: What to run.
-        directory: Where the records lie, one JSON file a run.
-        only: Names of rows; all by default.
-        share: (i, n): every n-th of the missing runs, from the i-th, for n processes side by side.
-        say: Told of each run.
 
-    Returns:
-        All records of the study that are there afterwards.
-
-    Raises:
-        ValueError: A row that does not exist, or a record of other settings than the study's.
-    """
-    unknown = sorted(set(only) - {row.name for row in study.rows})
-    if unknown:
-        raise ValueError(f"the study {study.name} has no rows {unknown}; it has {[row.name for row in study.rows]}")
-    directory.mkdir(parents=True, exist_ok=True)
-    read_records(study, directory)
-    missing = [(row, seed) for row, seed in _runs(study, only) if not _path(directory, row, seed).exists()]
-    mine = missing[share[0] :: share[1]]
-    if mine:
-        source = {key: value for key, value in study.source.items() if key != "class"}
-        data = ConceptDataModule(_SOURCES[study.source["class"]](**source), **study.data)
-        frozen = None if study.encoder.get("trainable") else ImageEncoder(**study.encoder)
-        for number, (row, seed) in enumerate(mine):
-            path = _path(directory, row, seed)
-            if path.exists():  # another process has made it meanwhile
-                continue
-            say(f"{study.name}: run {number + 1} of {len(mine)}: {row.name}, seed {seed}")
-            record = _run(study, row, seed, encoder=frozen, data=data)
-            partial_path = path.with_suffix(".partial")
-            partial_path.write_text(json.dumps(asdict(record), indent=1) + "\n")
-            partial_path.replace(path)
-    return read_records(study, directory)
+def run_settings(study: Study, run: Run) -> dict[str, Any]:
+    """What a record is compared by: the bottleneck with all settings that are not the world's data."""
+    world, row = study.worlds[run.world], run.row
+    return {"bottleneck": row.bottleneck, **row.settings, **world.task, **row.task, "epochs": row.epochs or world.epochs}
 
 
 def read_records(study: Study, directory: Path) -> list[Record]:
-    """The records of a study that are there, in the order of its rows and seeds.
+    """The records of a study that are there, in the order of its runs.
 
     Raises:
-        ValueError: A record was made with other settings than the study gives its row now.
+        ValueError: A record is damaged, or was made with other settings than the study gives its row now.
     """
     records: list[Record] = []
-    for row, seed in _runs(study, ()):
-        path = _path(directory, row, seed)
+    for run in runs_of(study):
+        path = directory / f"{run.stem}.json"
         if not path.exists():
             continue
-        record = Record(**json.loads(path.read_text()))
-        now = json.loads(json.dumps(_settings(study, row)))
+        try:
+            record = Record(**json.loads(path.read_text()))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path}: is no record of a run ({error}); delete it, and the study makes it again") from error
+        now = json.loads(json.dumps(run_settings(study, run)))
         if record.settings != now:
             changed = sorted(key for key in record.settings.keys() | now if record.settings.get(key) != now.get(key))
             raise ValueError(
-                f"{path}: made with other settings than {row.name!r} has now ({', '.join(changed)}); delete it, or choose another --out"
+                f"{path}: made with other settings than {run.row.name!r} has now ({', '.join(changed)}); delete it, or choose another --out"
             )
         records.append(record)
     return records
 
 
-def _settings(study: Study, row: Row) -> dict[str, Any]:
-    return {"bottleneck": row.bottleneck, **row.settings, **study.task, **row.task, "epochs": row.epochs or study.epochs}
+def make_source(described: Mapping[str, Any]) -> ConceptSource:
+    """A source from {"class": name, and its arguments}; see `World.source`."""
+    known = subclasses(ConceptSource, package="dotcbm.data")
+    arguments = {
+        name: make_source(value) if isinstance(value, Mapping) and "class" in value else value
+        for name, value in described.items()
+        if name != "class"
+    }
+    return known[described["class"]](**arguments)
 
 
-def _runs(study: Study, only: Sequence[str]) -> Iterator[tuple[Row, int]]:
-    # Seeds outside: a study that is stopped early has every row at least once.
-    for seed in study.seeds:
-        for row in study.rows:
-            if not only or row.name in only:
-                yield row, seed
+def _claim(values: Mapping[str, Any]) -> Claim:
+    columns = tuple((str(figure), str(heading)) for figure, heading in values["columns"])
+    return Claim(**{**values, "columns": columns, "rows": tuple(values.get("rows", ())), "better": tuple(values.get("better", ()))})
 
 
-def _path(directory: Path, row: Row, seed: int) -> Path:
-    return directory / f"{row.slug}-seed{seed}.json"
+def _check(study: Study, path: Path) -> None:
+    names = [row.slug for row in study.rows]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise ValueError(f"{path}: the row names {doubled} appear more than once; they name the records")
+    bottlenecks = subclasses(Bottleneck, package="dotcbm.models")
+    for row in study.rows:
+        if row.bottleneck not in bottlenecks:
+            raise ValueError(f"{path}: row {row.name!r} has the bottleneck {row.bottleneck!r}; choose from {sorted(bottlenecks)}")
+        strange = sorted(set(row.worlds or ()) - set(study.worlds))
+        if strange:
+            raise ValueError(f"{path}: row {row.name!r} names the worlds {strange}; the study has {list(study.worlds)}")
+    for world in study.worlds.values():
+        _check_source(world.source, path)
+    for claim in study.claims:
+        strange = sorted(set(claim.rows) - {row.name for row in study.rows})
+        if strange:
+            raise ValueError(f"{path}: claim {claim.name!r} names the rows {strange}, which the study does not have")
+        for figure, _ in claim.columns:
+            world, colon, _ = figure.partition(":")
+            if colon and world not in study.worlds:
+                raise ValueError(f"{path}: claim {claim.name!r} asks for {figure!r}; the study has the worlds {list(study.worlds)}")
+        if claim.better and len(claim.better) != len(claim.columns):
+            raise ValueError(f"{path}: claim {claim.name!r} has {len(claim.columns)} columns and {len(claim.better)} entries of better")
 
 
-def _run(study: Study, row: Row, seed: int, *, encoder: ImageEncoder | None, data: ConceptDataModule) -> Record:
-    import lightning.pytorch as pl
-
-    from dotcbm import __version__
-
-    start = time.monotonic()
-    data.seed = seed
-    if encoder is None:
-        torch.manual_seed(seed)
-        encoder = ImageEncoder(**study.encoder)
-    task = ConceptTask(encoder, partial(_BOTTLENECKS[row.bottleneck], **row.settings), **{**study.task, **row.task, "seed": seed})
-    trainer = pl.Trainer(
-        max_epochs=row.epochs or study.epochs,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(task, datamodule=data)
-    trained = time.monotonic()
-    figures = {name: float(value) for name, value in trainer.test(task, datamodule=data, verbose=False)[0].items()}
-    figures["train_seconds"] = trained - start
-    if task.head_fit is not None:
-        figures["head_l2"] = task.head_fit.l2
-        figures["val/accuracy"] = task.head_fit.val_accuracy
-    device = torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else "CPU"
-    return Record(
-        study=study.name,
-        row=row.name,
-        seed=seed,
-        settings=_settings(study, row),
-        figures=figures,
-        seconds=time.monotonic() - start,
-        device=device,
-        versions={"dotcbm": __version__, "torch": torch.__version__, "lightning": version("lightning")},
-    )
+def _check_source(described: Mapping[str, Any], path: Path) -> None:
+    known = subclasses(ConceptSource, package="dotcbm.data")
+    if described.get("class") not in known:
+        raise ValueError(f"{path}: the source's class is {described.get('class')!r}; choose from {sorted(known)}")
+    for value in described.values():
+        if isinstance(value, Mapping) and "class" in value:
+            _check_source(value, path)

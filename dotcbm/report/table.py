@@ -1,4 +1,4 @@
-"""Records of a study as a Markdown table: mean and spread over the seeds, one line a method."""
+"""Records of a study as Markdown tables: mean and spread over the seeds, one line a method."""
 
 from __future__ import annotations
 
@@ -6,12 +6,26 @@ import math
 from collections.abc import Sequence
 from statistics import mean, stdev
 
-from dotcbm.report.study import Record, Study
+from dotcbm.catalog import subclasses
+from dotcbm.models.base import Bottleneck
+from dotcbm.report.study import MAIN, Claim, Record, Study
 
-__all__ = ["Column", "markdown", "summary"]
+__all__ = ["DEFAULT_COLUMNS", "cell_values", "markdown", "summary"]
 
 Column = tuple[str, str]
-"""A figure's name without its split, and the heading of its column."""
+"""A figure as in `Claim.columns`, and the heading of its column."""
+
+DEFAULT_COLUMNS: tuple[Column, ...] = (
+    ("accuracy", "class accuracy"),
+    ("concept_auroc", "concept AUROC"),
+    ("pointing_0.05_plan|pointing_0.05_evidence", "pointing, r = 0.05"),
+    ("pointing_0.1_plan|pointing_0.1_evidence", "pointing, r = 0.1"),
+    ("pointing_0.1_evidence", "of the evidence"),
+    ("pointing_0.1_prior", "control: prior alone"),
+    ("pointing_mask_plan|pointing_mask_evidence", "peak inside the part"),
+    ("foreground_mass_plan|foreground_mass_evidence", "mass on the object"),
+)
+"""For studies that make no claims; without splits, which the caller puts before them."""
 
 
 def summary(values: Sequence[float], *, percent: bool = True) -> str:
@@ -28,36 +42,56 @@ def summary(values: Sequence[float], *, percent: bool = True) -> str:
     return f"{mean(known):.1f} ± {stdev(known):.1f}" if len(known) > 1 else f"{known[0]:.1f}"
 
 
-def markdown(study: Study, records: Sequence[Record], *, columns: Sequence[Column], splits: Sequence[str]) -> str:
-    """One table; a cell holds the figure of each split, separated by a slash.
+def default_claim(records: Sequence[Record]) -> Claim:
+    """The table of a study without claims: `DEFAULT_COLUMNS` for all splits that the records of its own world have."""
+    splits = sorted({name.split("/")[0] for record in records for name in record.figures if name.startswith("test")})
+    columns = tuple((f"{','.join(splits)}/{names}", heading) for names, heading in DEFAULT_COLUMNS)
+    return Claim("all", " / ".join(splits), columns)
+
+
+def cell_values(study: Study, records: Sequence[Record], *, row: str, figure: str) -> list[list[float]]:
+    """The values behind one cell: for each split that `figure` names those of all seeds, NaN where a record lacks it."""
+    world, colon, rest = figure.partition(":")
+    if not colon:
+        world, rest = MAIN, figure
+    splits, _, names = rest.partition("/")
+    runs = [record for record in records if record.row == row and record.world == world]
+    return [[_figure(record, split, names) for record in runs] for split in splits.split(",")]
+
+
+def markdown(study: Study, records: Sequence[Record], claim: Claim) -> str:
+    """One table; a cell holds the mean and deviation of each split, separated by a slash.
 
     Args:
         study: Gives the order of the rows.
         records: Of the study; rows without a record are left out.
-        columns: What to show. A name may list alternatives with "|": the first that a record has is taken.
-        splits: Whose figures.
+        claim: What to show.
     """
     lines = [
-        "| method | n | " + " | ".join(heading for _, heading in columns) + " |",
-        "| --- | --- |" + " --- |" * len(columns),
+        "| method | n | " + " | ".join(heading for _, heading in claim.columns) + " |",
+        "| --- | --- |" + " --- |" * len(claim.columns),
     ]
     for row in study.rows:
-        runs = [record for record in records if record.row == row.name]
-        if not runs:
+        num_seeds = len({record.seed for record in records if record.row == row.name})
+        if not num_seeds or (claim.rows and row.name not in claim.rows):
             continue
         cells = []
-        for names, _ in columns:
-            shown = [summary([_figure(record, split, names) for record in runs]) for split in splits]
+        for figure, _ in claim.columns:
+            shown = [summary(values) for values in cell_values(study, records, row=row.name, figure=figure)]
             cells.append(" / ".join(shown) if set(shown) != {"—"} else "—")
-        lines.append(f"| {row.name.replace('|', ':')} | {len(runs)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row.name.replace('|', ':')} | {num_seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _figure(record: Record, split: str, names: str) -> float:
     # The mean of concept logits that are all alike is no figure: a black box has no concepts.
-    if names == "concept_auroc" and record.settings["bottleneck"] == "LinearProbe":
+    if names.startswith("concept_") and not _bottleneck(record).reads_concepts:
         return math.nan
     for name in names.split("|"):
         if f"{split}/{name}" in record.figures:
             return record.figures[f"{split}/{name}"]
     return math.nan
+
+
+def _bottleneck(record: Record) -> type[Bottleneck]:
+    return subclasses(Bottleneck, package="dotcbm.models")[record.settings["bottleneck"]]

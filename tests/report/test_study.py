@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -10,7 +9,9 @@ from statistics import mean, stdev
 import pytest
 import torch
 
-from dotcbm.report.study import Record, Row, Study, read_study, run_study
+from dotcbm.report.study import MAIN, Claim, Record, Row, Study, World, read_study
+from dotcbm.report.study_plot import plot_claim
+from dotcbm.report.study_run import run_study
 from dotcbm.report.table import markdown, summary
 
 YAML = """
@@ -76,6 +77,9 @@ def test_processes_share_the_runs_without_overlap(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("seeds: [0, 1]", "seeds: [0, 1]\nclaims: [{name: c, question: q, rows: [none], columns: []}]", "none"),
+        ("seeds: [0, 1]", "seeds: [0, 1]\nclaims: [{name: c, question: q, columns: [['far:test/x', x]]}]", "far:test/x"),
+        ("seeds: [0, 1]", "seeds: [0, 1]\nworlds: {far: {source: {class: Nowhere}}}", "Nowhere"),
         ("bottleneck: LinearProbe", "bottleneck: LinearProb", "LinearProb"),
         ("class: Synthetic", "class: Synthetics", "Synthetics"),
         ("name: DOT-CBM", "name: Linear Probe", "linear-probe"),
@@ -104,20 +108,58 @@ def test_shipped_studies_can_be_read() -> None:
 
 def test_the_table_holds_the_mean_and_spread_of_the_records() -> None:
     rows = (Row("a | b", "CBM"), Row("black box", "LinearProbe"))
-    study = Study("s", {}, {}, {}, {}, 1, (0, 1, 2), rows)
+    study = Study("s", {MAIN: World({}, {}, {}, {}, 1), "far": World({}, {}, {}, {}, 1)}, (0, 1, 2), rows)
     values = [0.5, 0.6, 0.9]
     records = [
-        Record("s", row.name, seed, {"bottleneck": row.bottleneck}, {"test/accuracy": value, "test/concept_auroc": 0.5}, 1.0, "CPU", {})
+        Record(
+            "s", row.name, seed, {"bottleneck": row.bottleneck},
+            {"test/accuracy": value - lower, "twin/accuracy": value / 2, "test/concept_auroc": 0.5}, 1.0, "CPU", {}, world,
+        )
         for row in rows
+        for world, lower in ((MAIN, 0.0), ("far", 0.2))
         for seed, value in enumerate(values)
-    ]
-    table = markdown(study, records, columns=[("accuracy", "acc"), ("concept_auroc", "auroc"), ("x|accuracy", "either")], splits=["test"])
-    cell = f"{100 * mean(values):.1f} ± {100 * stdev(values):.1f}"
-    assert table.splitlines()[2] == f"| a : b | 3 | {cell} | 50.0 ± 0.0 | {cell} |"
-    assert table.splitlines()[3] == f"| black box | 3 | {cell} | — | {cell} |"
-    assert json.dumps(table)
+    ]  # fmt: skip
+    columns = (("test,twin/accuracy", "acc"), ("test/concept_auroc", "auroc"), ("far:test/x|accuracy", "either"))
+    claim = Claim("all", "Which is best?", columns)
+    table = markdown(study, records, claim).splitlines()
+
+    def cell(change: float = 0.0, factor: float = 1.0) -> str:
+        shown = [100 * factor * value + change for value in values]
+        return f"{mean(shown):.1f} ± {stdev(shown):.1f}"
+
+    assert table[2] == f"| a : b | 3 | {cell()} / {cell(factor=0.5)} | 50.0 ± 0.0 | {cell(-20)} |"
+    assert table[3] == f"| black box | 3 | {cell()} / {cell(factor=0.5)} | — | {cell(-20)} |"
+    assert len(markdown(study, records, replace(claim, rows=("black box",))).splitlines()) == 3
+    drawn = [text.get_text() for ax in plot_claim(study, records, claim).axes for text in ax.get_yticklabels()]
+    assert drawn[:2] == ["a | b", "black box"]
+    with pytest.raises(ValueError, match="no record yet"):
+        plot_claim(study, [], claim)
 
 
 def test_summary_of_one_value_has_no_spread() -> None:
     assert summary([0.25]) == "25.0"
     assert summary([3.0, 3.0], percent=False) == "3.0 ± 0.0"
+
+
+def test_worlds_say_only_what_differs_and_are_run_and_recorded_apart(tmp_path: Path) -> None:
+    path = tmp_path / "worlds.yaml"
+    far = "worlds: {far: {source: {class: Synthetic, size: 64, num_train: 32, num_val: 16, num_test: 8, seed: 5}, task: {head_l2: 0.1}}}"
+    path.write_text(YAML.replace("CACHE", str(tmp_path / "cache")).replace("seeds: [0, 1]", "seeds: [0]\n" + far))
+    study = read_study(path)
+    assert study.worlds["far"].epochs == 1
+    assert study.worlds["far"].encoder == study.worlds[MAIN].encoder
+    study = replace(study, rows=(replace(study.rows[0], worlds=("far",)), replace(study.rows[1], name="dot", worlds=(MAIN,))))
+    records = run_study(study, tmp_path / "records", say=str)
+    assert [(record.row, record.world, record.figures["test/num_pictures"]) for record in records] == [
+        ("dot", MAIN, 16),
+        ("linear probe", "far", 8),
+    ]
+    assert sorted(found.name for found in (tmp_path / "records").glob("*.json")) == ["dot-seed0.json", "far-linear-probe-seed0.json"]
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    study, out = make_study(tmp_path), tmp_path / "records"
+    out.mkdir()
+    (out / "linear-probe-seed0.json").write_text('{"study": "tiny"')
+    with pytest.raises(ValueError, match=r"linear-probe-seed0.json: is no record of a run .*delete it"):
+        run_study(study, out, say=str)
