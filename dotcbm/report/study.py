@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -205,7 +205,7 @@ def read_records(study: Study, directory: Path) -> list[Record]:
 
 def make_source(described: Mapping[str, Any]) -> ConceptSource:
     """A source from {"class": name, and its arguments}; see `World.source`."""
-    known = subclasses(ConceptSource, package="dotcbm.data")
+    known: dict[str, Callable[..., ConceptSource]] = {**subclasses(ConceptSource, package="dotcbm.data")}
     arguments = {
         name: make_source(value) if isinstance(value, Mapping) and "class" in value else value
         for name, value in described.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
@@ -16,10 +17,11 @@ from dotcbm.encoders.image import ImageEncoder
 from dotcbm.models.cbm import CBM
 from dotcbm.models.dot_cbm import DotCBM
 from dotcbm.models.linear_probe import LinearProbe
-from dotcbm.structures import ConceptBatch, ConceptOutput
+from dotcbm.structures import ConceptBatch, ConceptOutput, Problem
 from dotcbm.training.evaluation import evaluate
-from dotcbm.training.head_fit import collect_head_input
+from dotcbm.training.head_fit import collect_head_input, fit_head, true_head_input
 from dotcbm.training.kept_weights import KeptWeights
+from dotcbm.training.task import ConceptTask
 
 
 def fitted(run, *callbacks, epochs=2, source=None, data_settings=None, **settings):
@@ -324,3 +326,49 @@ def test_a_batch_without_features_and_pictures_is_refused(run):
     batch: ConceptBatch = next(iter(data.plain_loader("train")))
     with pytest.raises(ValueError, match="neither pictures nor features"):
         collect_head_input(task.model, [replace(batch, features=None)])
+
+
+def test_the_independent_head_is_that_of_the_true_concepts(run):
+    source = TinySource(counts=(("train", 40), ("test", 16)), names=("red", "green", "left", "right"))
+    task, data, _ = fitted(run, source=source, regime="independent", bottleneck=CBM, epochs=1, data_settings={"val_fraction": 0.0})
+    train = data.dataset("train")
+    expected = fit_head(train.concept_NM, train.label_N, num_classes=4, l2=1e-2)
+    head = task.model.bottleneck.head
+    assert torch.allclose(head.weight.double(), expected.weight_KF, atol=1e-5)
+    assert task.head_fit.train_accuracy == 1.0
+    # The model itself reads predicted concepts.
+    inputs, _ = collect_head_input(task.model, data.plain_loader("train"))
+    assert not torch.allclose(inputs, train.concept_NM, atol=0.05)
+
+
+def test_the_independent_head_takes_an_unknown_concept_for_its_frequency(run):
+    source = TinySource()
+    data = run.data(source)
+    data.use_encoder(run.encoder)
+    train = data.dataset("train")
+    assert train.concept_NM.isnan().any()
+    problem = Problem(run.encoder.width, run.encoder.global_width, run.encoder.grid, source.concepts)
+    inputs, labels = true_head_input(CBM(problem), train)
+    frequency = train.concept_NM[:, 4].nanmean()
+    assert torch.allclose(inputs[train.concept_NM[:, 4].isnan(), 4], frequency)
+    assert torch.equal(inputs[:, :4], train.concept_NM[:, :4])
+    assert torch.equal(labels, train.label_N)
+
+
+def test_the_independent_regime_refuses_heads_that_read_no_probabilities(run):
+    for bottleneck, name in ((LinearProbe, "LinearProbe"), (partial(CBM, head_on="logit"), "CBM")):
+        with pytest.raises(ValueError, match=f"the head of {name} reads something else"):
+            fitted(run, regime="independent", bottleneck=bottleneck)
+
+
+def test_a_sparse_head_has_the_wanted_number_of_weights(run):
+    task, _, _ = fitted(run, bottleneck=partial(CBM, head_on="logit"), head_nec=2)
+    weight = task.model.bottleneck.head.weight
+    assert 0 < int((weight != 0).sum()) <= 2 * weight.shape[0]
+
+
+def test_sparse_heads_of_joint_training_make_no_sense(encoder):
+    with pytest.raises(ValueError, match="head_nec fits a sparse head after the concepts"):
+        ConceptTask(encoder, CBM, regime="joint", head_nec=5)
+    with pytest.raises(ValueError, match="head_nec is 0"):
+        ConceptTask(encoder, CBM, head_nec=0)
