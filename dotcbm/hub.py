@@ -1,10 +1,11 @@
 """Models on disk: written whole or not at all, and read back with everything checked that can be.
 
-A saved model is a folder of four files:
+A saved model is a folder of these files:
 
     model.safetensors   the weights of bottleneck and encoder, and the tensors that the bottleneck was built from
     config.json         format, encoder (settings, blueprint, fingerprint, preprocessing), bottleneck (class and settings)
     concepts.json       concepts, classes, groups, parts (`dotcbm.data.concepts`)
+    edits.json          what was changed in it by hand, who did and why (`dotcbm.models.edits`); only where something was
     README.md           the model card
 
 `from_pretrained` runs no code that the folder brings along: the files hold data only, and the class named in config.json must be
@@ -37,13 +38,14 @@ from dotcbm.encoders.weights import MissingWeightsError
 from dotcbm.hub_card import CardInfo, card_text
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.concept_model import ConceptModel
+from dotcbm.models.edits import Edit, check_removed, edits_from_dict, edits_to_dict
 from dotcbm.structures import ConceptSet, Preprocessing, Problem
 
 __all__ = ["CardInfo", "describe", "from_pretrained", "save_pretrained"]
 
 FORMAT = 1
-_WEIGHTS, _CONFIG, _CONCEPTS, _CARD = "model.safetensors", "config.json", "concepts.json", "README.md"
-_FILES = (_WEIGHTS, _CONFIG, _CONCEPTS, _CARD)
+_WEIGHTS, _CONFIG, _CONCEPTS, _CARD, _EDITS = "model.safetensors", "config.json", "concepts.json", "README.md", "edits.json"
+_FILES = (_WEIGHTS, _CONFIG, _CONCEPTS, _CARD, _EDITS)
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,14 @@ class _Stored:
         config: As `describe` gives it.
         concepts: The vocabulary.
         weights: Tensors by name, with the prefixes "encoder.", "bottleneck." and "problem.".
+        edits: The log.
     """
 
     where: Path
     config: Mapping[str, Any]
     concepts: ConceptSet
     weights: dict[str, Tensor]
+    edits: tuple[Edit, ...] = ()
 
 
 def describe(model: ConceptModel) -> dict[str, Any]:
@@ -104,11 +108,13 @@ def save_pretrained(model: ConceptModel, directory: str | Path, *, card: CardInf
         The folder.
 
     Raises:
-        ValueError: The folder holds files that are no part of a saved model; or an encoder that exists nowhere else is to be left out.
+        ValueError: The folder holds files that are no part of a saved model; an encoder that exists nowhere else is to be left out; or
+            the head reads a concept again that the model's log says was removed.
         OSError: The disk is full or cannot be written.
     """
     directory = Path(directory)
     _check_replaceable(directory)
+    check_removed(model.bottleneck.head, model.edits, where="this model")
     if not include_encoder and (model.encoder.trainable or not model.encoder.settings["pretrained"]):
         raise ValueError("this encoder was trained here or drawn at random and exists nowhere else; save it too (include_encoder=True)")
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -118,6 +124,8 @@ def save_pretrained(model: ConceptModel, directory: str | Path, *, card: CardInf
         config["encoder"]["included"] = include_encoder
         _write(fresh / _CONFIG, json.dumps(config, indent=1))
         _write(fresh / _CONCEPTS, json.dumps(concepts_to_dict(model.concepts), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+        if model.edits:
+            _write(fresh / _EDITS, json.dumps(edits_to_dict(model.edits), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
         _write(fresh / _CARD, card_text(model, card=card, version=dotcbm.__version__))
         _write_weights(fresh / _WEIGHTS, _weights(model, include_encoder=include_encoder))
         fresh.chmod(0o755)  # mkdtemp makes folders that only their owner can read
@@ -156,7 +164,10 @@ def from_pretrained(
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced at once
         encoder = _encoder(stored)
         built = _bottleneck(stored, encoder=encoder, given=bottleneck)
-    return ConceptModel(encoder, built).to(map_location).eval()
+    check_removed(built.head, stored.edits, where=str(stored.where))
+    model = ConceptModel(encoder, built).to(map_location).eval()
+    model.edits = stored.edits
+    return model
 
 
 def _class_name(cls: type) -> str:
@@ -233,7 +244,17 @@ def _read_folder(directory: Path) -> _Stored:
         weights = load_file(directory / _WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{directory / _WEIGHTS}: cannot be read ({error}); the file is truncated or damaged: copy it again") from error
-    return _Stored(where=directory, config=config, concepts=load_concepts(directory / _CONCEPTS), weights=weights)
+    return _Stored(directory, config, load_concepts(directory / _CONCEPTS), weights, _read_edits(directory / _EDITS))
+
+
+def _read_edits(path: Path) -> tuple[Edit, ...]:
+    if not path.is_file():
+        return ()
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: is no JSON ({error}); the file may be truncated: copy it again") from error
+    return edits_from_dict(values, where=str(path))
 
 
 def _read_checkpoint(path: Path) -> _Stored:

@@ -100,6 +100,7 @@ def card_text(model: ConceptModel, *, card: CardInfo | None, version: str) -> st
         f"- Encoder weights: {card.encoder_licence or f'not stated; see the publisher of {encoder.name}'}",
         "- The program dotcbm: Apache-2.0",
         "",
+        *(_edits(model) if model.edits else []),
         *(["## Notes", "", card.notes, ""] if card.notes else []),
         "## Limits",
         "",
@@ -108,6 +109,15 @@ def card_text(model: ConceptModel, *, card: CardInfo | None, version: str) -> st
         "",
     ]
     return "\n".join(lines)
+
+
+def _edits(model: ConceptModel) -> list[str]:
+    lines = ["## Edits", "", "Changed by hand after the training (`edits.json` has the details):", ""]
+    # Reasons are people's words: a line break in one must not end its list item.
+    lines += [f"- {' '.join(edit.told.split())}" for edit in model.edits]
+    if model.removed_concepts:
+        lines += ["", f"Still predicted, but read by no class: {', '.join(model.removed_concepts)}."]
+    return [*lines, ""]
 
 
 def _table(metrics: Mapping[str, float]) -> list[str]:

@@ -15,6 +15,7 @@ from dotcbm.data.source import read_picture
 from dotcbm.data.transforms import prepare_picture
 from dotcbm.encoders.image import ImageEncoder
 from dotcbm.models.base import Bottleneck
+from dotcbm.models.edits import Edit
 from dotcbm.structures import ConceptBatch, ConceptOutput, ConceptSet, Preprocessing
 from dotcbm.transport.priors import map_to_grid
 
@@ -47,7 +48,14 @@ def read_any(picture: Picture) -> Tensor:
 
 
 class ConceptModel(nn.Module):
-    """Pictures in, concepts, classes and the places they were read from out."""
+    """Pictures in, concepts, classes and the places they were read from out.
+
+    Attributes:
+        encoder, bottleneck: Its two parts.
+        edits: What was changed in it by hand (`dotcbm edit`), oldest first; saved and read back with the model.
+    """
+
+    edits: tuple[Edit, ...]
 
     def __init__(self, encoder: ImageEncoder, bottleneck: Bottleneck) -> None:
         """Args:
@@ -66,6 +74,12 @@ class ConceptModel(nn.Module):
             )
         self.encoder = encoder
         self.bottleneck = bottleneck
+        self.edits = ()
+
+    @property
+    def removed_concepts(self) -> tuple[str, ...]:
+        """Names of the concepts that are predicted but that no class reads any more (see `edits`)."""
+        return tuple(name for edit in self.edits for name in edit.removed)
 
     @property
     def concepts(self) -> ConceptSet:
