@@ -2,29 +2,37 @@
 
 The class logit of a concept bottleneck is a sum, and nothing is left over:
 
-    class_logit_c = bias_c + sum_j weight_cj * probability_j
+    class_logit_c = bias_c + sum_j contribution_cj
 
-The terms of that sum are the contributions. M concepts, K classes, H W pixels; maps are (M, grid_h, grid_w).
+A contribution is weight_cj * probability_j where the head reads probabilities, weight_cj * logit_j where it reads logits, and a sum
+over the inputs that belong to concept j where it reads several numbers of a concept (`Bottleneck.contributions`).
+
+M concepts, K classes, X whatever the head reads beside the concepts, H W pixels; maps are (M, grid_h, grid_w).
 """
 
 from __future__ import annotations
 
-import difflib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from dotcbm.explain.heatmaps import Box, View, box, gate, heatmaps, natural_view, peak, visible_region
+from dotcbm.explain.heatmaps import ATTRIBUTIONS, Box, View, box, gate, heatmaps, natural_view, peak, visible_region
+from dotcbm.explain.interventions import TOLERANCE, read_head
+from dotcbm.explain.naming import class_index, index_of
+from dotcbm.models.base import Bottleneck
 from dotcbm.models.concept_model import ConceptModel, Picture, read_any
+from dotcbm.structures import ConceptOutput
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ConceptEvidence", "Explanation", "explain"]
+    from dotcbm.explain.contrast import Contrast
+
+__all__ = ["ConceptEvidence", "Explanation", "explain", "explanation_of"]
 
 Order = Literal["contribution", "probability"]
 
@@ -37,8 +45,8 @@ class ConceptEvidence:
         name: Of the concept.
         index: Its column.
         probability: That it is there, in [0, 1].
-        weight: Of the class head, for the class in question.
-        contribution: weight * probability: what it adds to the class logit.
+        weight: Of the class head, for the class in question; None where the head reads several numbers of a concept.
+        contribution: What it adds to the class logit.
         heatmap_HW: (grid_h, grid_w) map, gated by the probability.
         box: Around all cells of at least 0.6 of the map's maximum, fractions of the picture; None without heat.
         peak: x and y of the highest cell's centre, fractions of the picture; None without heat.
@@ -47,7 +55,7 @@ class ConceptEvidence:
     name: str
     index: int
     probability: float
-    weight: float
+    weight: float | None
     contribution: float
     heatmap_HW: Tensor
     box: Box | None
@@ -62,13 +70,19 @@ class Explanation:
         picture_3HW: (3, H, W) uint8, as read.
         concept_names: M names.
         class_names: K names.
-        concept_M: (M,) concept probabilities.
+        groups: The group of each concept ("bill shape"), or None.
+        concept_logit_M: (M,); infinite where an intervention set a probability of 0 or 1.
         class_logit_K: (K,).
-        weight_KM: (K, M) of the class head.
+        contribution_KM: (K, M) what each concept adds to each class; with the bias it adds up to the class logit.
+        weight_KM: (K, M) of the class head; None where it reads several numbers of a concept.
         bias_K: (K,) of the class head.
         target: Index of the class that is explained: the predicted one, or the one that was asked for.
         heatmaps_MHW: (M, grid_h, grid_w), not negative, not gated.
         view: What the maps show; see `dotcbm.explain.heatmaps`.
+        bottleneck: What reads classes from concepts, shared with the model; `intervene` asks it again.
+        context_X: What the head reads beside the concepts (`ConceptOutput.context_BX`), or None.
+        evidence_MHW: (M, grid_h, grid_w) what each patch adds to each concept's logit, signed; None where it is no sum over patches.
+        factor_KM: (K, M) by which `reweigh` multiplied the head's weights; None for the head as it is.
         region: x0, y0, x1, y1: the part of the picture that the maps cover.
         before: The explanation this one was made from by an intervention.
     """
@@ -76,15 +90,26 @@ class Explanation:
     picture_3HW: Tensor
     concept_names: tuple[str, ...]
     class_names: tuple[str, ...]
-    concept_M: Tensor
+    concept_logit_M: Tensor
     class_logit_K: Tensor
-    weight_KM: Tensor
+    contribution_KM: Tensor
+    weight_KM: Tensor | None
     bias_K: Tensor
     target: int
     heatmaps_MHW: Tensor
     view: View
+    bottleneck: Bottleneck
+    context_X: Tensor | None = None
+    evidence_MHW: Tensor | None = None
+    groups: tuple[str, ...] | None = None
+    factor_KM: Tensor | None = None
     region: Box = (0.0, 0.0, 1.0, 1.0)
     before: Explanation | None = None
+
+    @property
+    def concept_M(self) -> Tensor:
+        """(M,) concept probabilities."""
+        return self.concept_logit_M.sigmoid()
 
     @property
     def class_K(self) -> Tensor:
@@ -108,8 +133,13 @@ class Explanation:
 
     @property
     def contribution_M(self) -> Tensor:
-        """(M,): weight * probability for the class that is explained. With its bias they add up to its logit."""
-        return self.weight_KM[self.target] * self.concept_M
+        """(M,) contributions to the class that is explained. With its bias they add up to its logit."""
+        return self.contribution_KM[self.target]
+
+    @property
+    def runner_up(self) -> int:
+        """The most probable class but the one that is explained."""
+        return next(k for k in self.class_logit_K.argsort(descending=True, stable=True).tolist() if k != self.target)
 
     def concept(self, name: str) -> ConceptEvidence:
         """The evidence of one concept.
@@ -117,13 +147,13 @@ class Explanation:
         Raises:
             ValueError: There is no such concept; the nearest names are given.
         """
-        j = _index(name, self.concept_names, what="concept")
+        j = index_of(name, self.concept_names, what="concept")
         probability = float(self.concept_M[j])
         return ConceptEvidence(
             name=name,
             index=j,
             probability=probability,
-            weight=float(self.weight_KM[self.target, j]),
+            weight=None if self.weight_KM is None else float(self.weight_KM[self.target, j]),
             contribution=float(self.contribution_M[j]),
             heatmap_HW=gate(self.heatmaps_MHW[j], self.concept_M[j]),
             box=box(self.heatmaps_MHW[j], region=self.region),
@@ -159,23 +189,43 @@ class Explanation:
             ValueError: There is no such class.
         """
         before = None if self.before is None else self.before.for_class(target_class)
-        return replace(self, target=_class_index(target_class, self.class_names), before=before)
+        return replace(self, target=class_index(target_class, self.class_names), before=before)
 
-    def intervene(self, changes: Mapping[str, float]) -> Explanation:
-        """What the classes would be if concepts had other probabilities; `before` of the result is this explanation.
+    def intervene(self, changes: Mapping[str, float], *, logit_range: tuple[Tensor, Tensor] | None = None) -> Explanation:
+        """What the classes would be if concepts had other probabilities, {"red wing": 0.0}; `before` of it is this explanation.
 
-        Args:
-            changes: Concept name -> probability in [0, 1]: {"red wing": 0.0}.
-
-        Raises:
-            ValueError: There is no such concept, or a value outside [0, 1].
+        See `dotcbm.explain.interventions.intervene`.
         """
-        concept_M = self.concept_M.clone()
-        for name, value in changes.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name!r} cannot be set to {value}: it is a probability and must lie in [0, 1]")
-            concept_M[_index(name, self.concept_names, what="concept")] = value
-        return replace(self, concept_M=concept_M, class_logit_K=self.weight_KM @ concept_M + self.bias_K, before=self)
+        from dotcbm.explain import interventions
+
+        return interventions.intervene(self, changes, logit_range=logit_range)
+
+    def intervene_group(self, group: str, value: str | None, *, logit_range: tuple[Tensor, Tensor] | None = None) -> Explanation:
+        """A group of exclusive concepts ("bill shape") set to one of its values, or to none; the others off.
+
+        See `dotcbm.explain.interventions.intervene_group`.
+        """
+        from dotcbm.explain import interventions
+
+        return interventions.intervene_group(self, group, value, logit_range=logit_range)
+
+    def reweigh(self, factors: Mapping[str, float], *, target_class: int | str | None = None) -> Explanation:
+        """What the classes would be if the head's weights of concepts were multiplied, {"red wing": 0.0}.
+
+        See `dotcbm.explain.interventions.reweigh`.
+        """
+        from dotcbm.explain import interventions
+
+        return interventions.reweigh(self, factors, target_class=target_class)
+
+    def versus(self, other: int | str | None = None) -> Contrast:
+        """Why this class and not the other: what speaks for each of the two, concept by concept; the runner-up by default.
+
+        See `dotcbm.explain.contrast.contrast`.
+        """
+        from dotcbm.explain.contrast import contrast
+
+        return contrast(self, other)
 
     def plot(self, n: int = 6) -> Figure:
         """One figure: the picture, the maps of the first `n` concepts (1 to 8), and all that adds up to the class.
@@ -224,17 +274,20 @@ class Explanation:
     def __str__(self) -> str:
         shown = [*self.top_concepts(5), *reversed(self.against(3))]
         width = max([len(evidence.name) for evidence in shown] + [len("all others")])
+        weights = self.weight_KM is not None
         asked = "" if self.target == self.predicted else f" (predicted: {self.predicted_class})"
         lines = [f"{self.target_class} {float(self.class_K[self.target]):.1%}{asked}"]
         if self.before is not None:
             lines.append(
                 f"before the intervention: {float(self.before.class_K[self.target]):.1%} (predicted: {self.before.predicted_class})"
             )
-        lines.append(f"{'concept':<{width}}  probability  weight  contribution")
-        lines += [f"{e.name:<{width}}  {e.probability:>11.1%}  {e.weight:>+6.2f}  {e.contribution:>+12.3f}" for e in shown]
+        lines.append(f"{'concept':<{width}}  probability  {'weight  ' if weights else ''}contribution")
+        for e in shown:
+            weight = "" if e.weight is None else f"{e.weight:>+6.2f}  "
+            lines.append(f"{e.name:<{width}}  {e.probability:>11.1%}  {weight}{e.contribution:>+12.3f}")
         rest = float(self.contribution_M.sum()) - sum(e.contribution for e in shown)
         for name, value in (("all others", rest), ("bias", self.bias_K[self.target]), ("logit", self.class_logit_K[self.target])):
-            lines.append(f"{name:<{width}}  {'':>11}  {'':>6}  {float(value):>+12.3f}")
+            lines.append(f"{name:<{width}}  {'':>11}  {' ' * 8 if weights else ''}{float(value):>+12.3f}")
         return "\n".join(lines)
 
     def _repr_png_(self) -> bytes:
@@ -251,12 +304,13 @@ def explain(model: ConceptModel, image: Picture, *, target_class: int | str | No
         model: An encoder with a concept bottleneck; its mode is restored.
         image: A path, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) uint8 tensor.
         target_class: The class to explain, by name or index; the predicted one by default.
-        view: What the maps show (see `dotcbm.explain.heatmaps`): "concept" for models with a transport plan and "evidence" for
-            the others by default.
+        view: What the maps show (see `dotcbm.explain.heatmaps`): "concept" for models with a transport plan, "evidence" for those
+            whose logits are sums over patches and "gradcam" for the others by default.
 
     Raises:
-        ValueError: The model has no maps or its classes are not read from its concepts (a linear probe); there is no such class or
-            view; the picture cannot be read.
+        ValueError: The classes of the model are not read from its concepts (a linear probe); there is no such class or view; the
+            picture cannot be read.
+        ModuleNotFoundError: The view is an attribution, and captum is not installed.
 
     Example:
         >>> explanation = explain(model, "bird.jpg")  # doctest: +SKIP
@@ -265,45 +319,72 @@ def explain(model: ConceptModel, image: Picture, *, target_class: int | str | No
         >>> explanation.plot().savefig("why.png")  # doctest: +SKIP
     """
     picture_3HW = read_any(image)
+    if not model.bottleneck.reads_concepts:
+        raise ValueError(
+            f"the classes of {type(model.bottleneck).__name__} are not read from concepts, so no concept contributes to them; explain a "
+            'concept bottleneck instead, or take the maps of its classes from dotcbm.explain.attribution.attribute(model, ..., of="class")'
+        )
     output = model.predict(picture_3HW)
     kind = view or natural_view(output)
-    concept_M, class_logit_K = output.concept_BM[0].float(), output.class_logit_BK[0].float()
+    if kind in ATTRIBUTIONS:
+        from dotcbm.explain.attribution import attribute
+
+        maps_MHW = attribute(model, model.prepare([picture_3HW]), method=kind).map_BXHW[0].clamp(min=0)
+    else:
+        maps_MHW = heatmaps(output, view=kind)[0]
+    return explanation_of(model, output, picture_3HW=picture_3HW, target_class=target_class, view=kind, heatmaps_MHW=maps_MHW)
+
+
+def explanation_of(
+    model: ConceptModel,
+    output: ConceptOutput,
+    *,
+    picture_3HW: Tensor,
+    heatmaps_MHW: Tensor,
+    view: View,
+    target_class: int | str | None = None,
+) -> Explanation:
+    """The explanation of an output that is there already.
+
+    Args:
+        model: That gave it.
+        output: Of one picture, on the CPU.
+        picture_3HW: (3, H, W) uint8.
+        heatmaps_MHW: (M, grid_h, grid_w), not negative.
+        view: What they show.
+        target_class: The predicted one by default.
+
+    Raises:
+        ValueError: The classes of the model are not read from its concepts; there is no such class.
+    """
+    output = output.detach()
+    logit_M, class_K = output.concept_logit_BM[0].float(), output.class_logit_BK[0].float()
+    context_X = None if output.context_BX is None else output.context_BX[0]
+    _, contribution_KM = read_head(model.bottleneck, logit_M, context_X)
     head = model.bottleneck.head
-    weight_KM, bias_K = head.weight.detach().float().cpu(), torch.zeros_like(class_logit_K)
-    if head.bias is not None:
-        bias_K = head.bias.detach().float().cpu()
-    # 1e-2 leaves room for half precision; a head that reads something else is off by far more.
-    if weight_KM.shape[1] != len(concept_M) or not torch.allclose(weight_KM @ concept_M + bias_K, class_logit_K, atol=1e-2, rtol=1e-2):
+    bias_K = torch.zeros_like(class_K) if head.bias is None else head.bias.detach().float().cpu()
+    if not torch.allclose(contribution_KM.sum(1) + bias_K, class_K, **TOLERANCE):
         raise ValueError(
-            f"the classes of {type(model.bottleneck).__name__} are not read from its concept probabilities, so no concept "
-            "contributes to them; explain a concept bottleneck instead"
+            f"the classes of {type(model.bottleneck).__name__} are not read from its concepts: what these contribute does not add up to "
+            "the class logits; explain a concept bottleneck instead"
         )
-    size = (int(picture_3HW.shape[1]), int(picture_3HW.shape[2]))
+    one_each = head.weight.shape[1] == len(logit_M)
+    evidence = output.evidence_BNM
     return Explanation(
         picture_3HW=picture_3HW.cpu(),
         concept_names=model.concepts.names,
         class_names=model.concepts.class_names,
-        concept_M=concept_M,
-        class_logit_K=class_logit_K,
-        weight_KM=weight_KM,
-        bias_K=bias_K,
-        target=int(class_logit_K.argmax()) if target_class is None else _class_index(target_class, model.concepts.class_names),
-        heatmaps_MHW=heatmaps(output, view=kind)[0],
-        view=kind,
-        region=visible_region(model.preprocessing, size),
+        concept_logit_M=logit_M,
+        class_logit_K=class_K,
+        contribution_KM=contribution_KM,
+        weight_KM=head.weight.detach().float().cpu().clone() if one_each else None,
+        bias_K=bias_K.clone(),
+        target=int(class_K.argmax()) if target_class is None else class_index(target_class, model.concepts.class_names),
+        heatmaps_MHW=heatmaps_MHW.float().cpu(),
+        view=view,
+        bottleneck=model.bottleneck,
+        context_X=context_X,
+        evidence_MHW=None if evidence is None else evidence[0].float().T.unflatten(1, output.grid),
+        groups=model.concepts.groups,
+        region=visible_region(model.preprocessing, (int(picture_3HW.shape[1]), int(picture_3HW.shape[2]))),
     )
-
-
-def _class_index(target_class: int | str, class_names: Sequence[str]) -> int:
-    if isinstance(target_class, str):
-        return _index(target_class, class_names, what="class")
-    if not 0 <= target_class < len(class_names):
-        raise ValueError(f"there is no class {target_class}; the {len(class_names)} classes are numbered from 0")
-    return target_class
-
-
-def _index(name: str, names: Sequence[str], *, what: str) -> int:
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=3) or list(names[:3])
-        raise ValueError(f"there is no {what} {name!r} among the {len(names)}; did you mean one of {near}?")
-    return names.index(name)

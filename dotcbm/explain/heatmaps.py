@@ -6,6 +6,9 @@ Three views of one output, none of them negative:
     patch      Q_ij / theta_i       how patch i divides its mass among the concepts: the patch prior is taken out
     evidence   max(e_ij, 0)         what patch i adds to the logit of concept j; for every bottleneck whose logit is a sum over patches
 
+and three that are made afterwards, for every bottleneck: the attributions "gradcam", "integrated_gradients" and "lrp" of
+`dotcbm.explain.attribution`, which needs the model and not only its output.
+
 B pictures, N patches, M concepts, H W rows and columns of a map. Boxes and points are fractions of the picture.
 """
 
@@ -19,26 +22,18 @@ from torch.nn import functional
 
 from dotcbm.structures import ConceptOutput, Preprocessing
 
-__all__ = ["Box", "View", "box", "gate", "heatmaps", "natural_view", "peak", "upsample", "visible_region"]
+__all__ = ["ATTRIBUTIONS", "Box", "View", "box", "gate", "heatmaps", "natural_view", "peak", "upsample", "visible_region"]
 
-View = Literal["concept", "patch", "evidence"]
+View = Literal["concept", "patch", "evidence", "gradcam", "integrated_gradients", "lrp"]
+ATTRIBUTIONS = ("gradcam", "integrated_gradients", "lrp")
 Box = tuple[float, float, float, float]
 
 
 def natural_view(output: ConceptOutput) -> View:
-    """ "concept" for a model with a transport plan, else "evidence".
-
-    Raises:
-        ValueError: The output holds no map of any kind.
-    """
+    """ "concept" for a model with a transport plan, "evidence" where logits are sums over patches, else "gradcam"."""
     if output.plan_BNM is not None:
         return "concept"
-    if output.evidence_BNM is not None:
-        return "evidence"
-    raise ValueError(
-        "this model says nothing about places: its output holds neither a transport plan nor evidence per patch "
-        "(a linear probe is such a model); explain a concept bottleneck such as DotCBM, DotProduct or CBM, in eval mode"
-    )
+    return "gradcam" if output.evidence_BNM is None else "evidence"
 
 
 def heatmaps(output: ConceptOutput, *, view: View | None = None) -> Tensor:
@@ -49,12 +44,17 @@ def heatmaps(output: ConceptOutput, *, view: View | None = None) -> Tensor:
         view: See the head of this file; `natural_view` by default.
 
     Raises:
-        ValueError: The model has no such map, or there is no such view.
+        ValueError: The model has no such map, there is no such view, or it needs the model.
     """
-    natural = natural_view(output)
-    chosen = view or natural
+    chosen = view or natural_view(output)
     if chosen not in get_args(View):
         raise ValueError(f"there is no view {chosen!r}; choose one of {list(get_args(View))}")
+    if chosen in ATTRIBUTIONS:
+        why = "" if view else "this output holds neither a transport plan nor evidence per patch (evidence is given in eval mode); "
+        raise ValueError(
+            f"{why}{chosen!r} is an attribution, made from the model and not from its output: use dotcbm.explain(model, picture, "
+            f'view="{chosen}") or dotcbm.explain.attribution.attribute'
+        )
     if chosen == "evidence":
         if output.evidence_BNM is None:
             raise ValueError(

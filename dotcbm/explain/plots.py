@@ -51,6 +51,9 @@ _VIEWS = {
     "concept": "share of the concept's mass (Q / γ)",
     "patch": "share of the patch's mass (Q / θ)",
     "evidence": "what a patch adds to the concept",
+    "gradcam": "Grad-CAM of the concept",
+    "integrated_gradients": "integrated gradients of the concept",
+    "lrp": "layer-wise relevance of the concept",
 }
 
 

@@ -58,8 +58,11 @@ def test_patches_and_concepts_without_mass_give_zero_not_nan() -> None:
 
 
 def test_models_without_a_map_are_told_what_to_do() -> None:
-    with pytest.raises(ValueError, match="says nothing about places"):
+    assert natural_view(output(plan=False, evidence=False)) == "gradcam"
+    with pytest.raises(ValueError, match=r"holds neither a transport plan nor evidence.*made from the model"):
         heatmaps(output(plan=False, evidence=False))
+    with pytest.raises(ValueError, match=r"^'lrp' is an attribution"):
+        heatmaps(output(), view="lrp")
     with pytest.raises(ValueError, match="use view='evidence'"):
         heatmaps(output(plan=False), view="patch")
     with pytest.raises(ValueError, match="no 'evidence' view"):

@@ -18,8 +18,10 @@ from torch import Tensor
 from dotcbm.explain import comparison, plots, style
 from dotcbm.explain.explanation import Explanation, explain
 from dotcbm.explain.heatmaps import upsample
+from dotcbm.models.cbm import CBM
 from dotcbm.models.concept_model import ConceptModel
 from dotcbm.models.dot_cbm import DotCBM
+from dotcbm.structures import ConceptSet, Problem
 
 
 @pytest.fixture
@@ -33,12 +35,20 @@ def many(explanation: Explanation, *, words: int, height: int = 48) -> Explanati
     names = tuple(" ".join([f"concept{j}", *["wonderfully", "descriptive"] * words]) for j in range(30))
     concept_M, weight_KM, bias_K = torch.rand(30, generator=g), torch.randn(4, 30, generator=g), torch.randn(4, generator=g)
     logit_K = weight_KM @ concept_M + bias_K
+    concepts = ConceptSet(names=names, class_names=tuple("abcd"), class_concept_KM=torch.zeros(4, 30))
+    bottleneck = CBM(Problem(6, 6, (4, 4), concepts))
+    with torch.no_grad():
+        bottleneck.head.weight.copy_(weight_KM)
+        bottleneck.head.bias.copy_(bias_K)
     return replace(
         explanation,
         picture_3HW=torch.zeros(3, height, 64, dtype=torch.uint8),
         concept_names=names,
         class_names=tuple(" ".join([f"class{k}", *["magnificently", "named"] * words]) for k in range(4)),
-        concept_M=concept_M,
+        concept_logit_M=concept_M.logit(),
+        contribution_KM=weight_KM * concept_M,
+        bottleneck=bottleneck,
+        evidence_MHW=torch.randn(30, 4, 4, generator=g),
         weight_KM=weight_KM,
         bias_K=bias_K,
         class_logit_K=logit_K,
@@ -105,7 +115,7 @@ def test_the_detector_of_overlaps_sees_one() -> None:
 
 def test_overlay_is_the_map_at_the_pictures_size_with_opacity_from_heat_and_probability(explanation: Explanation) -> None:
     index = explanation.concept_names.index("blue head")
-    explanation = replace(explanation, concept_M=explanation.concept_M.index_fill(0, torch.tensor([index]), 0.8))
+    explanation = replace(explanation, concept_logit_M=explanation.concept_M.index_fill(0, torch.tensor([index]), 0.8).logit())
     evidence = explanation.concept("blue head")
     (ax,) = plots.plot_overlay(explanation, "blue head").axes
     shown, heat = (np.asarray(image.get_array()) for image in ax.images)
@@ -128,7 +138,7 @@ def test_overlay_is_the_map_at_the_pictures_size_with_opacity_from_heat_and_prob
 
 def test_a_concept_that_is_not_seen_has_no_place(explanation: Explanation) -> None:
     index = explanation.concept_names.index("blue head")
-    unseen = replace(explanation, concept_M=explanation.concept_M.index_fill(0, torch.tensor([index]), 0.49))
+    unseen = replace(explanation, concept_logit_M=explanation.concept_M.index_fill(0, torch.tensor([index]), 0.49).logit())
     assert unseen.concept("blue head").box is not None
     (ax,) = plots.plot_overlay(unseen, "blue head").axes
     assert not ax.patches
@@ -156,7 +166,7 @@ def test_a_figure_holds_one_map_for_each_concept_and_the_predicted_class(explana
 
 
 def test_maps_fill_up_with_probable_concepts_when_few_speak_for_the_class(explanation: Explanation) -> None:
-    lonely = replace(explanation, weight_KM=-explanation.weight_KM.abs())
+    lonely = replace(explanation, contribution_KM=-explanation.contribution_KM.abs())
     assert lonely.top_concepts(6) == ()
     figure = plots.plot_explanation(lonely, n=3)
     drawn = [ax.texts[0].get_text() for ax in figure.axes if len(ax.images) == 2]
