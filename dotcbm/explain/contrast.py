@@ -105,7 +105,7 @@ def contrast(explanation: Explanation, other: int | str | None = None) -> Contra
         ValueError: There is no such class, it is the first one, or there is only one.
     """
     if len(explanation.class_names) < 2:
-        raise ValueError(f"{explanation.class_names[0]!r} is the only class; there is nothing to compare it with")
+        raise ValueError(f"{explanation.target_class!r} is the only class; there is nothing to compare it with")
     index = explanation.runner_up if other is None else class_index(other, explanation.class_names)
     if index == explanation.target:
         raise ValueError(f"{explanation.target_class!r} is the class that is explained; name another one to compare it with")

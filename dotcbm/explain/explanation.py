@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dotcbm.explain.heatmaps import ATTRIBUTIONS, Box, View, box, gate, heatmaps, natural_view, peak, visible_region
-from dotcbm.explain.interventions import TOLERANCE, read_head
+from dotcbm.explain.interventions import read_head, same_logits
 from dotcbm.explain.naming import class_index, index_of
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.concept_model import ConceptModel, Picture, read_any
@@ -363,7 +363,7 @@ def explanation_of(
     _, contribution_KM = read_head(model.bottleneck, logit_M, context_X)
     head = model.bottleneck.head
     bias_K = torch.zeros_like(class_K) if head.bias is None else head.bias.detach().float().cpu()
-    if not torch.allclose(contribution_KM.sum(1) + bias_K, class_K, **TOLERANCE):
+    if not same_logits(contribution_KM.sum(1) + bias_K, class_K):
         raise ValueError(
             f"the classes of {type(model.bottleneck).__name__} are not read from its concepts: what these contribute does not add up to "
             "the class logits; explain a concept bottleneck instead"

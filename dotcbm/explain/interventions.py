@@ -20,10 +20,9 @@ from dotcbm.models.base import Bottleneck
 if TYPE_CHECKING:
     from dotcbm.explain.explanation import Explanation
 
-__all__ = ["TOLERANCE", "intervene", "intervene_group", "read_head", "reweigh"]
+__all__ = ["intervene", "intervene_group", "read_head", "reweigh", "same_logits"]
 
-TOLERANCE = {"atol": 1e-2, "rtol": 1e-2}
-"""Of class logits computed twice: leaves room for half precision; a head that reads something else is off by far more."""
+_TOLERANCE = 1e-2  # absolute and relative: leaves room for half precision; a head that reads something else is off by far more
 
 _SURELY_NOT = 0.01  # stands for a probability of 0 where the head reads logits and has no range; ours, any finite logit would do
 
@@ -114,6 +113,11 @@ def reweigh(explanation: Explanation, factors: Mapping[str, float], *, target_cl
     )
 
 
+def same_logits(a: Tensor, b: Tensor) -> bool:
+    """Whether two computations of class logits agree but for rounding."""
+    return torch.allclose(a, b, atol=_TOLERANCE, rtol=_TOLERANCE)
+
+
 @torch.no_grad()
 def read_head(bottleneck: Bottleneck, logit_M: Tensor, context_X: Tensor | None) -> tuple[Tensor, Tensor]:
     """(K,) class logits and (K, M) contributions of concept logits, on the CPU."""
@@ -136,5 +140,5 @@ def _weighed(class_K: Tensor, contribution_KM: Tensor, factor_KM: Tensor | None)
 def _check_unchanged(explanation: Explanation) -> None:
     """The bottleneck is the model's own, not a copy: it may have learned since."""
     read = read_head(explanation.bottleneck, explanation.concept_logit_M, explanation.context_X)
-    if not torch.allclose(_weighed(*read, explanation.factor_KM)["class_logit_K"], explanation.class_logit_K, **TOLERANCE):
+    if not same_logits(_weighed(*read, explanation.factor_KM)["class_logit_K"], explanation.class_logit_K):
         raise ValueError(f"the {type(explanation.bottleneck).__name__} of this explanation was changed since; explain the picture again")
