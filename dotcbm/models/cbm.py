@@ -15,18 +15,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dotcbm.models.base import Bottleneck
+from dotcbm.models.pooling import PooledBottleneck, Scaling
 from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
 
 __all__ = ["CBM"]
 
-Scaling = Literal["none", "half", "full"]
 
-
-class CBM(Bottleneck):
+class CBM(PooledBottleneck):
     """Linear concepts on the mean of the patches, then linear classes on the concepts."""
 
     def __init__(
@@ -41,55 +38,32 @@ class CBM(Bottleneck):
         """Args:
         problem: What the data and the encoder fix.
         dropout: Share of the features dropped in training.
-        scaling: "full" gives every pooled feature mean 0 and deviation 1 over the training pictures; "half" divides by the
-            root of the deviation only, so that with an `l2` features that hardly vary are trusted less.
-        l2: Strength of the penalty l2 / 2 times the mean over concepts of the squared norm of their weights. Unlike the
-            optimizer's decoupled weight decay it is part of the loss.
+        scaling: Of the pooled features, see `PooledBottleneck`.
+        l2: Of the concept weights, see `PooledBottleneck`.
         head_on: What the class head reads. Logits carry more than the concepts' presence: better accuracy, more leakage.
 
         Raises:
             ValueError: A scaling that does not exist, or a negative l2.
         """
-        super().__init__(problem, settings={"dropout": dropout, "scaling": scaling, "l2": l2, "head_on": head_on})
-        if scaling not in ("none", "half", "full"):
-            raise ValueError(f"scaling is {scaling!r}; choose 'none', 'half' or 'full'")
-        if l2 < 0:
-            raise ValueError(f"l2 is {l2}; a penalty is not negative")
+        settings = {"dropout": dropout, "scaling": scaling, "l2": l2, "head_on": head_on}
+        super().__init__(problem, settings=settings, scaling=scaling, dropout=dropout, l2=l2)
         self.head_on: Literal["probability", "logit"] = head_on
-        self.scaling: Scaling = scaling
-        self.l2 = l2
-        self.norm = None if scaling == "none" else nn.BatchNorm1d(problem.patch_width, affine=False)
-        self.dropout = nn.Dropout(dropout)
         self.concept = nn.Linear(problem.patch_width, problem.concepts.num_concepts)
         self.head = nn.Linear(problem.concepts.num_concepts, problem.concepts.num_classes)
 
     def forward(self, features: PatchFeatures) -> ConceptOutput:
         """See `Bottleneck.forward`."""
-        patch_BND = features.patch_BND.to(self.concept.weight.dtype)
-        logit_BM = self.concept(self.dropout(self._scaled(patch_BND.mean(1))))
+        patch_BND = self.patches(features)
+        logit_BM = self.concept(self.pooled(patch_BND))
         return ConceptOutput(
             concept_logit_BM=logit_BM,
             class_logit_BK=self.classify(logit_BM),
             grid=features.grid,
-            evidence_BNM=None if self.training else self._scaled(patch_BND) @ self.concept.weight.T / patch_BND.shape[1],
-            losses={"l2": self.l2 / 2 * self.concept.weight.square().sum(1).mean()} if self.training and self.l2 else {},
+            evidence_BNM=self.evidence(patch_BND, self.concept.weight),
+            losses=self.penalty(self.concept.weight),
         )
 
     def head_input(self, concept_logit_BM: Tensor, context_BX: Tensor | None = None) -> Tensor:
         """(B, M) probabilities or logits."""
         del context_BX
         return concept_logit_BM if self.head_on == "logit" else concept_logit_BM.sigmoid()
-
-    def _scaled(self, feature: Tensor) -> Tensor:
-        if self.norm is None:
-            return feature
-        flat = feature.flatten(0, -2)
-        if self.training and flat.shape[0] == 1:  # the last batch of an epoch: one picture has no deviation
-            scaled = F.batch_norm(flat, self.norm.running_mean, self.norm.running_var, eps=self.norm.eps)
-        else:
-            scaled = self.norm(flat)
-        if self.scaling == "half":
-            assert self.norm.running_var is not None
-            deviation_D = (self.norm.running_var + self.norm.eps).sqrt()
-            scaled = scaled * (deviation_D / deviation_D.mean()).sqrt()
-        return scaled.view_as(feature)
