@@ -10,18 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from fakes.baselines import GRID, B, D, K, M, N, check_promises, make_encoder, make_features, make_problem, roundtrip, train
+from fakes.baselines import B, D, K, M, N, check_promises, make_encoder, make_features, make_problem, roundtrip, train
 from fakes.source import TinySource
+from labo_pair import in_a_pair, steps
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dotcbm.explain.explanation import explain
-from dotcbm.losses import concept_loss
 from dotcbm.models.concept_model import ConceptModel
 from dotcbm.models.labo import LaBo
-from dotcbm.structures import PatchFeatures, Problem
+from dotcbm.structures import Problem
 
 
 def make(**settings) -> LaBo:
@@ -129,39 +126,6 @@ def test_a_model_with_it_can_be_exported() -> None:
     assert torch.allclose(exported(image), model(image).class_logit_BK, atol=1e-5)
 
 
-_OTHER = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import torch
-from test_labo import in_a_pair
-torch.set_num_threads(1)
-in_a_pair(1, sys.argv[2])
-"""
-
-
-def in_a_pair(rank: int, folder: str) -> dict[str, torch.Tensor]:
-    """What process `rank` of two is left with after training on every other picture."""
-    given = torch.load(f"{folder}/given.pt", weights_only=False)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    try:
-        model = DistributedDataParallel(LaBo(given["problem"], **given["settings"]))
-        model.module.load_state_dict(given["state"])
-        steps(model, [tuple(part[rank::2] for part in batch) for batch in given["batches"]])
-    finally:
-        dist.destroy_process_group()
-    return model.module.state_dict()
-
-
-def steps(model: nn.Module, batches: list[tuple[torch.Tensor, ...]]) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for patch_BND, truth_BM, label_B in batches:
-        out = model(PatchFeatures(patch_BND, patch_BND.mean(1), GRID))
-        loss = concept_loss(out.concept_logit_BM, truth_BM) + F.cross_entropy(out.class_logit_BK, label_B)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
 def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
     """DDP sees the parameter behind the normalised weight, and all parameters get a gradient."""
     settings = {"temperature": 0.5, "scale": 5.0, "scaling": "none"}
@@ -172,10 +136,9 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
         (torch.randn(8, N, D, generator=generator), torch.rand(8, M, generator=generator).round(), torch.arange(8) % K) for _ in range(4)
     ]
     torch.save({"problem": model.problem, "settings": settings, "state": start, "batches": batches}, tmp_path / "given.pt")
-    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
     other = subprocess.Popen(
-        [sys.executable, "-c", _OTHER, str(Path(__file__).parent), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        [sys.executable, str(Path(__file__).with_name("labo_pair.py")), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
