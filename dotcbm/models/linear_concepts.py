@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dotcbm.losses import concept_loss
 from dotcbm.structures import Problem
 
-__all__ = ["Calibration", "LinearConcepts", "Moments", "Scaling", "cubed_cosine"]
+__all__ = ["Calibration", "LinearConcepts", "Moments", "Scaling", "cubed_cosine", "frequency_logit"]
 
 Scaling = Literal["none", "half", "full"]
 
@@ -54,6 +54,14 @@ def cubed_cosine(activation_BX: Tensor, target_BX: Tensor) -> Tensor:
     # Square roots of 0 have no gradient; such columns are replaced before the root, not after.
     squares = torch.where(varies, a.square().sum(0) * t.square().sum(0), 1.0)
     return torch.where(varies, product / squares.sqrt(), 0.0)
+
+
+def frequency_logit(problem: Problem) -> Tensor:
+    """(M,) logits of the concepts' frequency in training, cut at 1 in 100; 0 where it is not known."""
+    frequency_M = problem.concept_frequency_M
+    if frequency_M is None:
+        return torch.zeros(problem.concepts.num_concepts)
+    return torch.logit(frequency_M.float(), eps=0.01)
 
 
 class Moments(nn.Module):
@@ -116,6 +124,10 @@ class LinearConcepts(nn.Module):
         self.moments = None if scaling == "none" else Moments(problem.patch_width)
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(problem.patch_width, problem.concepts.num_concepts, bias=bias)
+        if bias and scaling != "none":
+            # Centred features leave the concepts' frequency to the bias, which the first steps would spend their time on.
+            with torch.no_grad():
+                self.linear.bias.copy_(frequency_logit(problem))
 
     def forward(self, patch_BND: Tensor) -> Tensor:
         """(B, M) activations."""
@@ -151,12 +163,9 @@ class Calibration(nn.Module):
         """
         super().__init__()
         num_concepts = problem.concepts.num_concepts
-        frequency_M = problem.concept_frequency_M
-        if frequency_M is None:
-            frequency_M = torch.full((num_concepts,), 0.5)
         self.moments = Moments(num_concepts)
         self.raw_alpha_M = nn.Parameter(torch.full((num_concepts,), initial_alpha - _SMALLEST_ALPHA).expm1().log())
-        self.beta_M = nn.Parameter(torch.logit(frequency_M.float(), eps=0.01).clone())
+        self.beta_M = nn.Parameter(frequency_logit(problem))
 
     @property
     def alpha_M(self) -> Tensor:

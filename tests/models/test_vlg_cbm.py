@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,14 @@ def test_training_reduces_the_loss_and_finds_concepts(tmp_path: Path) -> None:
 
 def test_saved_and_read_back(tmp_path: Path) -> None:
     roundtrip(tmp_path, VLGCBM, scaling="half", l2=0.1)
+
+
+def test_concepts_start_at_their_frequency() -> None:
+    frequency = torch.tensor([0.2, 0.5, 0.9, 0.0, 1.0, 0.001])
+    problem = replace(make_problem(), concept_frequency_M=frequency)
+    model = VLGCBM(problem, scaling="full").train()
+    features = make_features(pictures=64)
+    with torch.no_grad():
+        model.concept.linear.weight.zero_()
+    expected = frequency.clamp(0.01, 0.99).expand(64, M)
+    assert torch.allclose(model(features).concept_BM, expected, atol=1e-5)
