@@ -8,7 +8,7 @@ debuggable deep networks", ICML 2021), which Label-free CBM and VLG-CBM read the
 
 Departures, all in the solver: not SAGA, but accelerated proximal gradient steps (FISTA with restarts) that find which weights
 are not zero, and Newton steps on those, until the optimality conditions hold to a hundredth of the strength. Measured on birds
-(n = 1,500, F = 112, K = 50, one core): 9.5 s for the whole path, where FISTA alone takes more than 40 s, because concepts are
+(n = 1,500, F = 112, K = 50, one core): 10 s for the whole path, where FISTA alone needs over 30 s, because concepts are
 correlated; VLG-CBM runs SAGA for 500 epochs at most, whose optima are looser and so denser. And the largest strength is computed
 from the data, where VLG-CBM takes a constant (0.1).
 

@@ -1,0 +1,52 @@
+"""Interventions and leakage over batches, and over two processes of a real gloo group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+
+from dotcbm.metrics.accumulators_concepts import ConceptTaskLeakage, InterventionAccuracy
+from dotcbm.metrics.leakage import concept_task_leakage
+
+N, M, S = 60, 3, 4
+HITS = torch.rand(N, S, generator=torch.Generator().manual_seed(0)).round()
+LABEL = torch.arange(N) % 6
+TRUTH = torch.stack([LABEL % 2, LABEL // 3, LABEL == 1], 1).float()
+CONCEPT = TRUTH + LABEL[:, None] / 20 + 0.1 * torch.rand(N, M, generator=torch.Generator().manual_seed(1))
+
+
+def _fill(rows: slice) -> tuple[InterventionAccuracy, ConceptTaskLeakage]:
+    curve, leakage = InterventionAccuracy(S), ConceptTaskLeakage()
+    for batch in torch.arange(N)[rows].split(13):
+        curve.update(HITS[batch])
+        leakage.update(CONCEPT[batch], TRUTH[batch], LABEL[batch])
+    return curve, leakage
+
+
+def _check(curve: InterventionAccuracy, leakage: ConceptTaskLeakage) -> None:
+    torch.testing.assert_close(curve.compute(), HITS.double().mean(0))
+    torch.testing.assert_close(leakage.compute(), concept_task_leakage(CONCEPT, TRUTH, LABEL).nanmean(), atol=1e-9, rtol=0)
+
+
+def _rank(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    _check(*_fill(slice(0, 37) if rank == 0 else slice(37, N)))
+    distributed.destroy_process_group()
+
+
+def test_batches_add_up_to_the_function() -> None:
+    assert concept_task_leakage(CONCEPT, TRUTH, LABEL).nanmean() > 0.05
+    _check(*_fill(slice(0, N)))
+
+
+def test_two_processes_reduce_to_the_function(tmp_path: Path) -> None:
+    multiprocessing.spawn(_rank, args=(str(tmp_path / "store"),), nprocs=2)
+
+
+def test_another_number_of_steps_is_named() -> None:
+    with pytest.raises(ValueError, match=r"shape \(60, 4\); num_steps is 5"):
+        InterventionAccuracy(5).update(HITS)
