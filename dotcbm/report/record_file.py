@@ -149,7 +149,7 @@ def schema() -> dict[str, Any]:
 @lru_cache
 def _hints(kind: type) -> dict[str, Any]:
     """Type hints by field, in order."""
-    hints = typing.get_type_hints(kind, vars(record_module))
+    hints = typing.get_type_hints(kind, dict(vars(record_module)))
     return {field.name: hints[field.name] for field in fields(kind)}
 
 

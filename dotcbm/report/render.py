@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from dotcbm.report import render_charts as charts
 from dotcbm.report import render_numbers as numbers
 from dotcbm.report import render_views as views
 from dotcbm.report.record import AuditRecord, Interval, PictureCard
-from dotcbm.report.record_file import record_to_json, write_whole
+from dotcbm.report.record_file import record_from_dict, record_to_dict, record_to_json, write_whole
 from dotcbm.report.render_markdown import markdown
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def html(record: AuditRecord) -> str:
     Raises:
         ModuleNotFoundError: jinja2 is not installed; says how to install it.
     """
-    return _page(record, script=(_TEMPLATES / "page.js").read_text(encoding="utf-8"))
+    return _page(record, script=_style("page.js"))
 
 
 def write_html(record: AuditRecord, path: str | Path) -> Path:
@@ -63,7 +64,8 @@ def write_pdf(record: AuditRecord, path: str | Path) -> Path:
         from weasyprint import HTML
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("a PDF needs weasyprint: pip install 'dotcbm[audit,pdf]'; or print the HTML from a browser") from error
-    content = HTML(string=_page(record, script="")).write_pdf()
+    page = _page(record, script="").replace("</svg>", f"<style>{_filled(_style('charts.css'))}</style></svg>")
+    content = HTML(string=page).write_pdf()
     if content is None:
         raise ValueError(f"weasyprint gave no PDF of {record.title!r}; print the HTML from a browser instead")
     return write_whole(Path(path), content)
@@ -71,6 +73,7 @@ def write_pdf(record: AuditRecord, path: str | Path) -> Path:
 
 def _page(record: AuditRecord, *, script: str) -> str:
     """The page; without a script it holds no record either."""
+    record = record_from_dict(record_to_dict(record), name=record.title)  # as a file holds it: the same page from memory and from disk
     errors = tuple(views.card_view(record, card, id=f"errors-{i}") for i, card in enumerate(record.errors))
     cards = tuple(views.card_view(record, card, id=f"cards-{i}") for i, card in enumerate(record.cards))
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
@@ -89,12 +92,34 @@ def _page(record: AuditRecord, *, script: str) -> str:
             confused=views.confused_pairs(record),
             sweeps=_sweep_charts(record),
             curves=_curve_charts(record),
-            style=(_TEMPLATES / "page.css").read_text(encoding="utf-8"),
+            style="\n".join(_style(name) for name in ("charts.css", "page.css", *(() if script else ("paper.css",)))),
             script=script,
             script_hash=f"'sha256-{digest}'" if script else "'none'",
             data=record_to_json(_with_references(record)) if script else "",
         )
     )
+
+
+def _style(name: str) -> str:
+    return (_TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def _filled(style: str) -> str:
+    """The style with the colours of light pages in the place of variables, which drawings of weasyprint do not inherit."""
+    colours = dict(re.findall(r"--([a-z0-9-]+): ([^;]+);", _style("page.css").split("}")[0]))
+    series = re.findall(r"(\.s\d) { --c: var\(--(s\d)\); }", style)
+    own = [
+        f"{name} .series {{ stroke: {colours[c]} }} {name} .marker {{ fill: {colours[c]} }} {name} .open {{ stroke: {colours[c]}; fill: none }} "
+        f"path.band{name} {{ fill: {colours[c]} }}"
+        for name, c in series
+    ]
+    tones = {name: colours[name] for name in ("critical", "warning", "note", "good")} | {
+        "wrong": colours["critical"],
+        "right": colours["good"],
+    }
+    icons = [f".i-{name} .fill {{ fill: {tone} }} .i-{name} .line {{ stroke: {tone} }}" for name, tone in tones.items()]
+    plain = re.sub(r"var\(--([a-z0-9-]+)\)", lambda found: colours.get(found[1], "black"), style).replace("currentColor", colours["ink"])
+    return re.sub(r"/\*.*?\*/", "", plain) + " ".join(own + icons)
 
 
 def _with_references(record: AuditRecord) -> AuditRecord:
@@ -118,7 +143,10 @@ def _sweep_charts(record: AuditRecord) -> list[tuple[str, str]]:
     first = record.sweeps[0]
     rows = [sweep for sweep in record.sweeps if sweep.thresholds == first.thresholds][:_MOST_LINES]
     drawn = []
-    for name, heading in (("mean_average_precision", "Mean average precision at IoU 0.5"), ("share_correct", "Share of boxes with IoU ≥ 0.5")):
+    for name, heading in (
+        ("mean_average_precision", "Mean average precision at IoU 0.5"),
+        ("share_correct", "Share of boxes with IoU ≥ 0.5"),
+    ):
         chart = charts.line_chart(
             [charts.Series(sweep.map, getattr(sweep, name)) for sweep in rows],
             x_values=first.thresholds,
@@ -163,6 +191,8 @@ def _environment() -> Environment:
     environment.globals.update(
         number=numbers.number,
         signed=numbers.signed,
+        logit=numbers.logit,
+        domain_of=charts.domain_of,
         with_unit=numbers.with_unit,
         span=numbers.span,
         cases=numbers.cases,

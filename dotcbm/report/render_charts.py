@@ -15,7 +15,7 @@ from html import escape
 from dotcbm.report.record import Interval, Reliability, Unit
 from dotcbm.report.render_numbers import interval_text, number, with_unit
 
-__all__ = ["Series", "dot_range", "icon", "line_chart", "reliability_chart", "swatch"]
+__all__ = ["Series", "domain_of", "dot_range", "icon", "line_chart", "reliability_chart", "swatch"]
 
 _ICONS = {
     "critical": '<path class="fill" d="M5 1h6l4 4v6l-4 4H5l-4-4V5z"/><path class="cut" d="M8 4v5M8 11v1.4"/>',
@@ -82,16 +82,9 @@ def dot_range(
     """
     if measured.value is None:
         return ""
-    ends = [measured.value, measured.low, measured.high, threshold]
-    ends += [control.value, control.low, control.high] if control else []
-    known = [0.0, *(end for end in ends if end is not None)]
-    low, high = domain or (min(known), max(known))
-    if domain is None and unit == "percent" and min(known) >= 0 and max(known) <= 1:
+    low, high = domain or domain_of([measured, control, None if threshold is None else Interval(threshold)])
+    if domain is None and unit == "percent" and low >= 0 and high <= 1:
         low, high = 0.0, 1.0
-    elif domain is None:
-        low, high = (low - 0.06 * (high - low) if low < 0 else low), high + 0.06 * (high - low)
-    if high <= low:
-        high = low + 1.0
     width, left, right = (240.0, 8.0, 8.0) if tall else (120.0, 5.0, 5.0)
     two = control is not None and control.value is not None
     lanes = (9.0, 23.0) if two else (12.0, 12.0)
@@ -122,6 +115,21 @@ def dot_range(
         f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" '
         f'aria-label="{escape(said, quote=True)}">{"".join(drawn)}</svg>'
     )
+
+
+def domain_of(intervals: Sequence[Interval | None]) -> tuple[float, float]:
+    """Round ends that hold zero and everything of the intervals.
+
+    >>> domain_of([Interval(0.34, 0.27, 0.41), Interval(-0.02), None])
+    (-0.1, 0.5)
+    """
+    known = [end for row in intervals if row for end in (row.value, row.low, row.high) if end is not None]
+    low, high = min([0.0, *known]), max([0.0, *known])
+    if high == low:
+        return 0.0, 1.0
+    power = 10.0 ** math.floor(math.log10(high - low))
+    step = next(power * part for part in (0.2, 0.5, 1.0, 2.0) if (high - low) / (power * part) <= 6)
+    return float(f"{math.floor(low / step + 1e-9) * step:.6g}"), float(f"{math.ceil(high / step - 1e-9) * step:.6g}")
 
 
 def line_chart(
@@ -187,7 +195,7 @@ def line_chart(
 def reliability_chart(reliability: Reliability) -> str:
     """Accuracy against confidence; the larger the dot, the more pictures. On the diagonal confidence is honest."""
     total = max(sum(reliability.count_S), 1)
-    left, right, upper, lower = 40.0, 240.0, 10.0, 210.0
+    left, right, upper, lower = 40.0, 240.0, 16.0, 216.0
     drawn = []
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
         at = lower - (lower - upper) * tick
@@ -205,9 +213,9 @@ def reliability_chart(reliability: Reliability) -> str:
         drawn.append(f'<circle class="measured soft" cx="{px:.2f}" cy="{py:.2f}" r="{3 + 11 * math.sqrt(count / total):.2f}"/>')
         said.append(f"confidence {number(confidence, 'percent')} %, accuracy {number(accuracy, 'percent')} %, {count} pictures")
     drawn.append(f'<text class="axis-label" x="{(left + right) / 2}" y="{lower + 34}" text-anchor="middle">confidence, %</text>')
-    drawn.append('<text class="axis-label" transform="translate(11 110) rotate(-90)" text-anchor="middle">accuracy, %</text>')
+    drawn.append('<text class="axis-label" transform="translate(11 116) rotate(-90)" text-anchor="middle">accuracy, %</text>')
     label = escape("Reliability: " + "; ".join(said), quote=True)
-    return f'<svg class="chart square" viewBox="0 0 260 250" role="img" aria-label="{label}">{"".join(drawn)}</svg>'
+    return f'<svg class="chart square" viewBox="0 0 260 256" role="img" aria-label="{label}">{"".join(drawn)}</svg>'
 
 
 def _whisker(interval: Interval, x: Callable[[float], float], lane: float, kind: str) -> str:
@@ -217,9 +225,7 @@ def _whisker(interval: Interval, x: Callable[[float], float], lane: float, kind:
     return f'<path class="whisker {kind}" d="M{a} {lane}H{b}M{a} {lane - 3}v6M{b} {lane - 3}v6"/>'
 
 
-def _band(
-    index: int, line: Series, x_values: Sequence[float], x: Callable[[float], float], y: Callable[[float], float]
-) -> str:
+def _band(index: int, line: Series, x_values: Sequence[float], x: Callable[[float], float], y: Callable[[float], float]) -> str:
     rows = [(x(at), v, s) for at, v, s in zip(x_values, line.values, line.spread or ()) if v is not None]
     if not rows:
         return ""

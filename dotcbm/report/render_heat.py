@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 
-__all__ = ["heat_png"]
+__all__ = ["heat_png", "outline"]
 
 _LEVELS = 16
 _MAX_OPACITY = 0.86  # the picture must be seen through the hottest cell
@@ -41,6 +41,36 @@ def heat_png(cells: Sequence[int], *, width: int, opaque: bool = False) -> str:
         _chunk(b"IEND", b""),
     ]
     return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(parts)).decode()
+
+
+def outline(cells: Sequence[int], *, width: int, share: float) -> str:
+    """The SVG path about the cells of at least `share` of the maximum, in units of cells; empty for a map of zeros.
+
+    >>> outline([0, 9, 0, 8], width=2, share=0.6)
+    'M1 0h1M1 2h1M1 0v2M2 0v2'
+    """
+    height, cut = len(cells) // width, share * max(cells, default=0)
+    if not cut:
+        return ""
+
+    def hot(x: int, y: int) -> bool:
+        return 0 <= x < width and 0 <= y < height and cells[y * width + x] >= cut
+
+    across = [_runs([hot(x, y) != hot(x, y - 1) for x in range(width)], f"M{{at}} {y}h{{num}}") for y in range(height + 1)]
+    down = [_runs([hot(x, y) != hot(x - 1, y) for y in range(height)], f"M{x} {{at}}v{{num}}") for x in range(width + 1)]
+    return "".join(across + down)
+
+
+def _runs(edges: Sequence[bool], stroke: str) -> str:
+    """A stroke for each run of edges."""
+    drawn, start = [], None
+    for at, edge in enumerate([*edges, False]):
+        if edge and start is None:
+            start = at
+        elif not edge and start is not None:
+            drawn.append(stroke.format(at=start, num=at - start))
+            start = None
+    return "".join(drawn)
 
 
 @lru_cache

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from dotcbm.report.record import AuditRecord, ConceptRow, Figure, Finding, Interval, Unit
-from dotcbm.report.render_numbers import UNIT_SIGN, cases, interval_text, number, signed, span, with_unit
+from dotcbm.report.render_numbers import cases, interval_text, number, signed, span, with_unit
 from dotcbm.report.render_views import confused_pairs, headline, sections
 
 __all__ = ["markdown"]
@@ -122,7 +122,10 @@ def _classes(record: AuditRecord) -> list[str]:
     )
     confused = _table(
         ("truth", "taken for", "pictures", "share, %"),
-        ((_plain(truth), _plain(taken), str(count), number(share, "percent")) for truth, taken, count, share in confused_pairs(record, num=10)),
+        (
+            (_plain(truth), _plain(taken), str(count), number(share, "percent"))
+            for truth, taken, count, share in confused_pairs(record, num=10)
+        ),
     )
     return rows + (["Most frequent confusions:", *confused] if confused else [])
 
@@ -152,7 +155,12 @@ def _parts(record: AuditRecord) -> list[str]:
     parts = _table(
         ("part", "measure", "average precision, %", "correct, % (prior)"),
         (
-            (_plain(row.name), row.kind, number(row.average_precision, "percent"), f"{_short(row.correct)} ({number(row.prior, 'percent')})")
+            (
+                _plain(row.name),
+                row.kind,
+                number(row.average_precision, "percent"),
+                f"{_short(row.correct)} ({number(row.prior, 'percent')})",
+            )
             for row in record.parts
         ),
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dotcbm.report.record import Interval, Unit
 
-__all__ = ["UNIT_SIGN", "cases", "interval_text", "number", "signed", "span", "with_unit"]
+__all__ = ["UNIT_SIGN", "cases", "interval_text", "logit", "number", "signed", "span", "with_unit"]
 
 UNIT_SIGN: dict[Unit, str] = {"percent": " %", "points": " points", "number": "", "bits": " bits"}
 _MINUS = "−"
@@ -45,6 +45,16 @@ def signed(value: float | None, unit: Unit = "number") -> str:
     """
     text = number(value, unit)
     return text if value is None or value <= 0 or text.strip("0.") == "" else f"+{text}"
+
+
+def logit(value: float) -> str:
+    """A contribution to a logit, signed, with two decimals: those of one list are compared.
+
+    >>> logit(1.4), logit(-0.001)
+    ('+1.40', '0.00')
+    """
+    text = f"{value:+.2f}"
+    return "0.00" if text.strip("+-0.") == "" else text.replace("-", _MINUS)
 
 
 def with_unit(value: float | None, unit: Unit) -> str:

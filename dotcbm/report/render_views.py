@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dotcbm.report.record import Absence, AuditRecord, Figure, Finding, PictureCard, Severity
-from dotcbm.report.render_heat import heat_png
+from dotcbm.report.render_heat import heat_png, outline
 
 __all__ = [
     "SECTIONS",
     "SEVERITIES",
     "CardView",
     "Headline",
+    "Heat",
     "SectionView",
     "card_view",
     "confused_pairs",
@@ -32,7 +33,10 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "errors": ("Errors first", "Pictures that the model gets wrong, the surest first, with what it read and where."),
     "classes": ("Classes and confusion", "Recall and precision of each class, what it is taken for, and whether confidence is honest."),
     "concepts": ("Concepts", "How well each concept is predicted, how much it leaks of the class, and whether it is read from its part."),
-    "parts": ("Part detection", "Maps cut into boxes and held against the true parts. The result depends on the cut, so all cuts are shown."),
+    "parts": (
+        "Part detection",
+        "Maps cut into boxes and held against the true parts. The result depends on the cut, so all cuts are shown.",
+    ),
     "suspects": (
         "Spurious-correlation suspects",
         "Concepts that a class leans on and whose map lies outside the object. Exchanging the background confirms or refutes.",
@@ -54,6 +58,7 @@ _HOME = {
     "localisation": "parts", "detection": "parts", "part": "parts", "background": "suspects", "backgrounds": "suspects",
     "robustness": "groups", "group": "groups", "intervention": "interventions", "faithfulness": "controls", "occlusion": "controls",
 }  # fmt: skip
+_CUT = 0.6  # of the maximum: where the paper cuts a map into a box
 _KEY_FIGURES = ("classes", "concepts", "parts", "interventions", "groups")
 
 
@@ -85,6 +90,14 @@ class Headline:
 
 
 @dataclass(frozen=True)
+class Heat:
+    """A concept's map: a PNG in base64, and the SVG path about the cells above the paper's threshold."""
+
+    png: str
+    outline: str
+
+
+@dataclass(frozen=True)
 class CardView:
     """A picture card with what the page needs beside it: its id, names, and each concept's map as a PNG."""
 
@@ -95,7 +108,7 @@ class CardView:
     predicted: str
     right: bool
     confidence: float
-    heats: tuple[str, ...]
+    heats: tuple[Heat | None, ...]
     reach: float
     """The largest contribution in size, for bars on one scale."""
 
@@ -171,6 +184,9 @@ def card_view(record: AuditRecord, card: PictureCard, *, id: str) -> CardView:
         predicted=record.class_names[predicted],
         right=label == predicted,
         confidence=columns.confidence[card.row],
-        heats=tuple(heat_png(shown.heat, width=card.grid[1]) if shown.heat else "" for shown in card.concepts),
+        heats=tuple(
+            Heat(heat_png(shown.heat, width=card.grid[1]), outline(shown.heat, width=card.grid[1], share=_CUT)) if shown.heat else None
+            for shown in card.concepts
+        ),
         reach=max((abs(shown.contribution) for shown in card.concepts), default=0.0) or 1.0,
     )

@@ -14,8 +14,9 @@
   for (const details of folded) details.open = false;
   let opened = [];
   addEventListener("beforeprint", () => {
-    opened = all("details:not([open])");
-    for (const details of opened) details.open = true;
+    const shut = all("details:not([open])");
+    for (const details of shut) details.open = true;
+    opened.push(...shut);
   });
   addEventListener("afterprint", () => {
     for (const details of opened) details.open = false;
@@ -152,6 +153,7 @@
     const index = (element) => Number(element.closest("tr").dataset.i);
     const details = article.querySelector("details.weigh");
     details.addEventListener("toggle", () => article.classList.toggle("open", details.open));
+    article.classList.toggle("open", details.open);
     let on = maps.length ? index(maps[0]) : -1;
     const probability = (i) => {
       const slider = sliders.find((candidate) => index(candidate) === i);
@@ -162,7 +164,9 @@
       if (!heat) return;
       const gated = gate.getAttribute("aria-pressed") === "true";
       const name = record.concepts[card.concepts[on].concept].name;
-      heat.src = maps.find((button) => index(button) === on).querySelector("img").src;
+      const chosen = maps.find((button) => index(button) === on);
+      heat.querySelector("img").src = chosen.querySelector("img").src;
+      for (const path of all("path", heat)) path.setAttribute("d", chosen.dataset.outline);
       heat.style.opacity = gated ? probability(on) : 1;
       heat.hidden = hide.getAttribute("aria-pressed") === "true";
       article.querySelector(".map-name").textContent = name;
