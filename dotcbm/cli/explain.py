@@ -14,6 +14,9 @@ from dotcbm.cli.parser import Parser
 
 __all__ = ["run"]
 
+# As `dotcbm.explain.heatmaps.View`, which --help must not import: it would load torch.
+_VIEWS = ("concept", "patch", "evidence", "gradcam", "integrated_gradients", "lrp")
+
 
 def run(command: str, arguments: Sequence[str]) -> int:
     """See the head of this file. Status 1 if a picture could not be read; the others are explained all the same."""
@@ -27,6 +30,12 @@ def run(command: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("explanations"), metavar="DIR", help="where to write (default: %(default)s)")
     parser.add_argument("--top", type=int, default=6, metavar="N", help="concepts shown, 1 to 8 (default: %(default)s)")
     parser.add_argument("--class", dest="class_name", metavar="NAME", help="class to explain (default: the predicted one)")
+    parser.add_argument(
+        "--view",
+        choices=_VIEWS,
+        metavar="VIEW",
+        help=f"what the maps show: {', '.join(_VIEWS)} (default: the model's own, else gradcam)",
+    )
     parser.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
     given = parser.parse(arguments)
     if not 1 <= given.top <= 8:
@@ -45,7 +54,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     failed = 0
     for path in paths:
         try:
-            explanation = explain(model, path, target_class=given.class_name)
+            explanation = explain(model, path, target_class=given.class_name, view=given.view)
         except BadPictureError as error:
             print(f"skipped: {error}", file=sys.stderr)
             failed += 1
@@ -58,7 +67,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         found["top_concepts"] = [evidence.name for evidence in top]
         Path(f"{target}.json").write_text(json.dumps(found, ensure_ascii=False, indent=1), encoding="utf-8")
         share = float(explanation.class_K[explanation.target])
-        table = Table(title=f"{path.name}: {explanation.target_class} ({share:.1%})", title_justify="left")
+        table = Table(title=f"{path.name}: {explanation.target_class} ({share:.1%}), {explanation.view} maps", title_justify="left")
         for heading in ("concept", "probability", "contribution", "peak"):
             table.add_column(heading, justify="left" if heading == "concept" else "right")
         for evidence in top:

@@ -275,4 +275,9 @@ def _drops(ax: Axes, row: OccludedConcept) -> None:
     ax.spines[:].set_visible(False)
     ax.set_axisbelow(True)
     ax.grid(axis="x", color=LINE, linewidth=0.6)
-    heading(ax, "", f"falls by {100 * row.drop:.0f} points, elsewhere by {100 * row.random_drop:.0f}", inches=3.0)
+    heading(ax, "", f"falls by {_points(row.drop)} points, elsewhere by {_points(row.random_drop)}", inches=3.0)
+
+
+def _points(drop: float) -> str:
+    """0.0264 -> "2.6"; no minus sign before zero."""
+    return f"{round(100 * drop, 1) + 0.0:.1f}".replace("-", "−")

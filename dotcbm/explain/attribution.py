@@ -215,7 +215,7 @@ def _relevance(reader: _Reader, map_BDHW: Tensor, row_B: Tensor, *, columns: lis
         output = reader.read(map_BDHW.flatten(2).transpose(1, 2), row_B)
     evidence_BNM = output.evidence_BNM
     if evidence_BNM is None:
-        tool = _captum().InputXGradient(reader)
+        tool, map_BDHW = _captum().InputXGradient(reader), map_BDHW.clone().requires_grad_()
         return [tool.attribute(map_BDHW, target=j, additional_forward_args=(row_B,)).sum(1) for j in columns]
     if reader.of == "concept":
         return [evidence_BNM[..., j].unflatten(1, output.grid) for j in columns]
@@ -300,13 +300,14 @@ def _lrp(model: ConceptModel, image_B3HW: Tensor, *, of: Literal["concept", "cla
     found = []
     for i, image_3HW in enumerate(image_B3HW):
         # Twice the precision for the check: the rule divides by sums that may be small.
-        exact, image = _Chain(model.encoder, gradient_BXND[i].double()).eval(), image_3HW[None].double()
+        exact, image = _Chain(model.encoder, gradient_BXND[i].double()).eval(), image_3HW[None].double().requires_grad_()
         exact.set_rules(gamma=None)
         try:
             relevance = captum.LRP(exact).attribute(image, target=0)
         except (TypeError, AssertionError, RuntimeError) as error:
             raise ValueError(_NO_LRP.format(str(error).splitlines()[0])) from error
         product = captum.InputXGradient(_Chain(model.encoder, gradient_BXND[i].double()).eval()).attribute(image, target=0)
+        relevance, product = relevance.detach(), product.detach()
         error = float((relevance - product).norm() / product.norm().clamp(min=torch.finfo(torch.float64).tiny))
         if not error < _LRP_ERROR:  # NaN as well
             raise ValueError(_NO_LRP.format(f"with the epsilon rule it differs from gradient times input by {error:.0%}"))

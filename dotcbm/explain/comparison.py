@@ -84,8 +84,9 @@ def plot_concept_change(explanation: Explanation, *, ax: Axes | None = None, tit
         ax.plot([old, new], [row, row], color=LINE, linewidth=3, zorder=1, solid_capstyle="round")
         ax.plot(old, row, "o", color=REST, markersize=8, zorder=2)
         ax.plot(new, row, "o", color=FOR if new > old else AGAINST, markersize=9, zorder=3)
+        middle = min(0.9, max(0.1, (old + new) / 2))  # keeps the text off the names on the left
         ax.annotate(
-            f"{percent(old)} → {percent(new)}", ((old + new) / 2, row), xytext=(0, 7), textcoords="offset points", ha="center",
+            f"{percent(old)} → {percent(new)}", (middle, row), xytext=(0, 7), textcoords="offset points", ha="center",
             fontsize=NAME, color=INK,
         )  # fmt: skip
     ax.set_yticks(
