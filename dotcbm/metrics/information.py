@@ -80,14 +80,14 @@ def ksg_information(x_n: Tensor, y_n: Tensor, *, k: int = 3) -> float:
         ModuleNotFoundError: SciPy is missing.
     """
     try:
-        from scipy.spatial import cKDTree
+        from scipy.spatial import KDTree
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('information between predicted concepts needs SciPy: pip install "dotcbm[audit]"') from error
     n = len(x_n)
     if n <= k:
         raise ValueError(f"{n} samples have no {k} neighbours each; give at least {k + 1}")
     plane = torch.stack([x_n, y_n], 1).double().numpy()
-    distance = cKDTree(plane).query(plane, k=[k + 1], p=torch.inf)[0][:, 0]  # the first neighbour is the point itself
+    distance = KDTree(plane).query(plane, k=k + 1, p=torch.inf)[0][:, -1]  # the first neighbour is the point itself
     radius_n = torch.from_numpy(distance)
     psi = _digamma_table(n)
     total = psi[n] + psi[k]

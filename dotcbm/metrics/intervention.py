@@ -73,12 +73,12 @@ def logit_bounds(concept_logit_NM: Tensor, truth_NM: Tensor | None = None) -> Bo
     """
     _check_logits(concept_logit_NM)
     logit_NM = concept_logit_NM.detach()
-    low_M, high_M = logit_NM.quantile(torch.tensor([0.05, 0.95]).to(logit_NM), dim=0)
+    low_M, high_M = _quantile(logit_NM, 0.05), _quantile(logit_NM, 0.95)
     if truth_NM is None:
         return low_M, high_M
     _check_truth(truth_NM, logit_NM)
-    negative_M = torch.where(truth_NM == 0, logit_NM, torch.nan).nanquantile(0.5, dim=0)
-    positive_M = torch.where(truth_NM == 1, logit_NM, torch.nan).nanquantile(0.5, dim=0)
+    negative_M = _quantile(torch.where(truth_NM == 0, logit_NM, torch.nan), 0.5)
+    positive_M = _quantile(torch.where(truth_NM == 1, logit_NM, torch.nan), 0.5)
     return torch.fmin(low_M, negative_M), torch.fmax(high_M, positive_M)  # fmin and fmax pass over NaN: no such picture
 
 
@@ -231,6 +231,11 @@ def _greedy_order(classify: Classify, logit_NM: Tensor, true_NM: Tensor, label_N
         current_NM = torch.where(group_M == chosen_N[:, None], true_NM, current_NM)
         order.append(chosen_N)
     return torch.stack(order, 1)
+
+
+def _quantile(value_NM: Tensor, q: float) -> Tensor:
+    """(M,) quantile of each column's values that are not NaN; column by column, since torch refuses more than 2^24 values at once."""
+    return torch.stack([column_N.nanquantile(q) for column_N in value_NM.T])
 
 
 def _group_mean(value_NM: Tensor, group_M: Tensor) -> Tensor:

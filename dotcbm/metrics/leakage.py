@@ -6,8 +6,9 @@
     NIS     mean over b of the AUC of a_j from all p_i with |corr(p_i, a_j)| <= b    about another concept, spread over many
 
 p are predicted and a true concepts, y the class. CTL and ICL: Parisini et al., "Leakage and interpretability in concept-based
-models", 2025; S = psi(n) - psi(k + 1) is what the estimator gives for a variable and its copy, their code's normaliser. OIS and NIS: Espinosa
-Zarlenga et al., "Towards robust metrics for concept representation evaluation", AAAI 2023. No leakage scores 0, 0, 0 and 0.5.
+models", 2025; S = psi(n) - psi(k + 1) is what the estimator gives for a variable and its copy, their code's normaliser. OIS and
+NIS: Espinosa Zarlenga et al., "Towards robust metrics for concept representation evaluation", AAAI 2023. Without leakage they are
+0, 0, 0 and, for concepts that are independent, 0.5.
 
 All are biased on few pictures. The control is the same figure after each predicted concept was shuffled among the pictures of
 equal truth (`shuffle_within_truth`): what it says of its concept stays, anything else is gone. What exceeds it is leakage.

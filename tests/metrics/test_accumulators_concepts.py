@@ -44,7 +44,8 @@ def test_batches_add_up_to_the_function() -> None:
 
 
 def test_two_processes_reduce_to_the_function(tmp_path: Path) -> None:
-    multiprocessing.spawn(_rank, args=(str(tmp_path / "store"),), nprocs=2)
+    # Forked: a spawned process imports torch again, which takes longer than all of this file.
+    multiprocessing.start_processes(_rank, args=(str(tmp_path / "store"),), nprocs=2, start_method="fork")
 
 
 def test_another_number_of_steps_is_named() -> None:

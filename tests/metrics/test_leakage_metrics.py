@@ -28,13 +28,30 @@ def test_ross_is_that_of_scikit_learn(ties):
     selection = pytest.importorskip("sklearn.feature_selection._mutual_info")
     g = drawn()
     label = torch.randint(0, 12, (300,), generator=g)
-    if not ties:  # scikit-learn loses the distances of ties where a class has fewer than 2 k pictures
-        label = torch.cat([label, torch.tensor([12, 13, 13, 14, 14, 14])])
     value = torch.randn(len(label), 7, generator=g) + label[:, None] * torch.linspace(0, 1, 7)
     value = separate_ties(value.round(decimals=1) if ties else value)
     ours = ross_information(value, label)
     theirs = [selection._compute_mi_cd(column.numpy(), label.numpy(), 3) for column in value.T]
     np.testing.assert_allclose(ours, theirs, atol=1e-9)
+
+
+def test_ross_is_the_loop_over_pictures_with_rare_labels_too():
+    """scikit-learn's distances in classes of 6 pictures or fewer are rounded, so this is written out."""
+    g = drawn()
+    label = torch.cat([torch.randint(0, 4, (60,), generator=g), torch.tensor([12, 13, 13, 14, 14, 14])])
+    value = torch.randn(66, 1, generator=g, dtype=torch.float64) + label[:, None] / 10
+    psi = torch.special.digamma
+    parts = []
+    for n in range(66):
+        distance = (value[:, 0] - value[n, 0]).abs()
+        own = distance[(label == label[n]) & (torch.arange(66) != n)].sort().values
+        if len(own):
+            k = min(3, len(own))
+            inside = (distance[label != 12] < own[k - 1]).sum()  # label 12 is seen once and left out
+            parts.append(
+                psi(torch.tensor([65.0, k, len(own) + 1.0, float(inside)], dtype=torch.float64)) @ torch.tensor([1.0, 1, -1, -1]).double()
+            )
+    assert float(ross_information(value, label)) == pytest.approx(float(torch.stack(parts).mean()), abs=1e-12)
 
 
 def test_ksg_is_that_of_scikit_learn():
