@@ -147,11 +147,11 @@ def test_lrp_on_the_picture_is_captums_on_the_chain(problem: Problem, pictures: 
     whole = Whole().double()
     for i, j in enumerate((1, 4)):
         encoder.first.rule, encoder.second.rule = GammaRule(0.25), GammaRule(0.25)  # pyright: ignore
-        expected = LRP(whole).attribute(pictures.double(), target=j).sum(1).unfold(1, 4, 4).unfold(2, 4, 4).sum((3, 4))
+        expected = LRP(whole).attribute(pictures.double().requires_grad_(), target=j).sum(1).unfold(1, 4, 4).unfold(2, 4, 4).sum((3, 4))
         torch.testing.assert_close(found.map_BXHW[:, i], expected.detach().float(), atol=1e-5, rtol=1e-3)
     # With gamma the relevance differs from gradient times input, else the rule would do nothing.
-    plain = InputXGradient(whole).attribute(pictures.double(), target=4).sum(1).unfold(1, 4, 4).unfold(2, 4, 4).sum((3, 4))
-    assert float((plain - expected).abs().max()) > 1e-4
+    plain = InputXGradient(whole).attribute(pictures.double().requires_grad_(), target=4).sum(1).unfold(1, 4, 4).unfold(2, 4, 4).sum((3, 4))
+    assert float((plain - expected).detach().abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize("kind", [Plain, DotCBM])
