@@ -9,7 +9,9 @@ names are those of the data's concepts, so every figure about concepts shows wha
 Departures: VLG-CBM's random concepts lie in CLIP's space; ours in that of whichever encoder. The directions come from the run's seed and
 are saved with the model.
 
-Scaling needs statistics of the training pictures: the mean over all batches seen in training mode; before any, mean 0 and variance 1.
+Scaling needs statistics of the training pictures: the mean over all batches that were seen in training mode, as in regime "joint". In two
+stages there is nothing to train before the head; unless something shows the bottleneck the training pictures first, the
+features are taken as they are (mean 0, variance 1), as with `scaling="none"`.
 
 B pictures, N patches of a picture, M concepts, K classes, D features.
 """
