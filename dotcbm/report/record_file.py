@@ -153,6 +153,7 @@ def _hints(kind: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(kind)}
 
 
+@lru_cache
 def _choices(hint: Any) -> tuple[Any, ...]:
     """The members of a union; the hint itself if it is none."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
@@ -167,6 +168,8 @@ def _encoded(value: Any, hint: Any, place: str) -> Any:
     if get_origin(hint) is tuple:
         if not isinstance(value, tuple | list):
             raise ValueError(f"{place} is {value!r:.60}; expected a tuple")
+        if (plain := _plain_numbers(value, hint)) is not None:
+            return plain
         kinds = _element_hints(hint, len(value), place)
         return [_encoded(entry, kind, f"{place}[{i}]") for i, (entry, kind) in enumerate(zip(value, kinds))]
     choices = _choices(hint)
@@ -189,9 +192,27 @@ def _leaf(value: Any, hint: Any, place: str) -> Any:
     value = float(value)
     if not math.isfinite(value):
         raise ValueError(f"{place} is {value}, which JSON cannot hold; use None for what is not known")
-    if value.is_integer():
-        return int(value) + 0.0  # no "-0.0"
-    return float(f"{value:.6g}")
+    return _rounded(value)
+
+
+def _plain_numbers(values: typing.Sequence[Any], hint: Any) -> list[Any] | None:
+    """The values as `_leaf` gives them if they are nothing but numbers that are right (most of a record); None to go one by one."""
+    kinds = get_args(hint)
+    if len(kinds) != 2 or kinds[1] is not Ellipsis:
+        return None
+    found, choices = set(map(type, values)), _choices(kinds[0])
+    if not found <= {int, float, types.NoneType} or not found <= {int, *choices}:
+        return None
+    if int in choices:
+        return list(values)
+    if float not in choices or not all(map(math.isfinite, filter(None, values))):
+        return None
+    return [value if value is None else _rounded(value) for value in values]
+
+
+def _rounded(value: float) -> float:
+    """Six significant digits; whole numbers as they are, and no "-0.0"."""
+    return int(value) + 0.0 if float(value).is_integer() else float(f"{value:.6g}")
 
 
 def _element_hints(hint: Any, num: int, place: str) -> list[Any]:
@@ -219,6 +240,8 @@ def _decoded(value: Any, hint: Any, place: str) -> Any:
     if get_origin(hint) is tuple:
         if not isinstance(value, list):
             raise ValueError(f"{place} is {value!r:.60}; expected a list")
+        if (plain := _plain_numbers(value, hint)) is not None:
+            return tuple(plain)
         kinds = _element_hints(hint, len(value), place)
         return tuple([_decoded(entry, kind, f"{place}[{i}]") for i, (entry, kind) in enumerate(zip(value, kinds))])
     choices = _choices(hint)

@@ -109,8 +109,8 @@ def _filled(style: str) -> str:
     colours = dict(re.findall(r"--([a-z0-9-]+): ([^;]+);", _style("page.css").split("}")[0]))
     series = re.findall(r"(\.s\d) { --c: var\(--(s\d)\); }", style)
     own = [
-        f"{name} .series {{ stroke: {colours[c]} }} {name} .marker {{ fill: {colours[c]} }} {name} .open {{ stroke: {colours[c]}; fill: none }} "
-        f"path.band{name} {{ fill: {colours[c]} }}"
+        f"{name} .series {{ stroke: {colours[c]} }} {name} .marker, path.band{name} {{ fill: {colours[c]} }} "
+        f"{name} .open {{ stroke: {colours[c]}; fill: none }}"
         for name, c in series
     ]
     tones = {name: colours[name] for name in ("critical", "warning", "note", "good")} | {

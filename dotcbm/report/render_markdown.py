@@ -79,8 +79,13 @@ def _findings(record: AuditRecord) -> list[str]:
         control = f"{interval_text(finding.control, finding.unit)}: {_plain(finding.control_label)}" if finding.control else "none"
         rule = f"{with_unit(finding.threshold, finding.unit)}: {_plain(finding.rule)}"
         return (
-            finding.severity, _plain(finding.title), interval_text(finding.measured, finding.unit), control, rule, _VERDICTS[finding.verdict],
-        )  # fmt: skip
+            finding.severity,
+            _plain(finding.title),
+            interval_text(finding.measured, finding.unit),
+            control,
+            rule,
+            _VERDICTS[finding.verdict],
+        )
 
     return _table(("severity", "finding", "measured", "control", "threshold and rule", "verdict"), map(row, record.findings))
 
@@ -144,9 +149,15 @@ def _concepts(record: AuditRecord) -> list[str]:
         )
 
     heads = (
-        "concept", "positive / known", "AUROC, %", "error, % (all negative)", "leakage, %", "pointing, % (prior)", "on background, % (area)",
+        "concept",
+        "positive / known",
+        "AUROC, %",
+        "error, % (all negative)",
+        "leakage, %",
+        "pointing, % (prior)",
+        "on background, % (area)",
         "fall when covered, points (random)",
-    )  # fmt: skip
+    )
     rows = _table(heads, map(row, record.concepts))
     return ["", "<details><summary>All concepts; controls in brackets</summary>", *rows, "</details>", ""] if rows else []
 
@@ -224,17 +235,30 @@ def _groups(record: AuditRecord) -> list[str]:
 def _card(record: AuditRecord) -> list[str]:
     card = record.card
     facts = (
-        ("weights, SHA-256", card.weights_sha256), ("encoder fingerprint", card.encoder_fingerprint), ("head reads", card.head_on),
-        ("data", card.data), ("data fingerprint", card.data_fingerprint), ("data licence", card.data_licence or "unknown"),
+        ("weights, SHA-256", card.weights_sha256),
+        ("encoder fingerprint", card.encoder_fingerprint),
+        ("head reads", card.head_on),
+        ("data", card.data),
+        ("data fingerprint", card.data_fingerprint),
+        ("data licence", card.data_licence or "unknown"),
         ("encoder licence", card.encoder_licence or "unknown"),
-        *((f"setting {key}", value) for key, value in card.settings), *((f"audit {key}", value) for key, value in card.audit),
-        *((f"training {key}", value) for key, value in card.training), *((f"version of {key}", value) for key, value in card.versions),
+        *((f"setting {key}", value) for key, value in card.settings),
+        *((f"audit {key}", value) for key, value in card.audit),
+        *((f"training {key}", value) for key, value in card.training),
+        *((f"version of {key}", value) for key, value in card.versions),
         *(("edit", line) for line in card.edits),
-    )  # fmt: skip
+    )
     return _table(("", ""), ((_plain(key), _plain(value)) for key, value in facts))
 
 
 _BODIES: dict[str, Callable[[AuditRecord], list[str]]] = {
-    "verdict": _findings, "errors": _errors, "classes": _classes, "concepts": _concepts, "parts": _parts, "suspects": _suspects,
-    "interventions": _interventions, "groups": _groups, "card": _card,
-}  # fmt: skip
+    "verdict": _findings,
+    "errors": _errors,
+    "classes": _classes,
+    "concepts": _concepts,
+    "parts": _parts,
+    "suspects": _suspects,
+    "interventions": _interventions,
+    "groups": _groups,
+    "card": _card,
+}

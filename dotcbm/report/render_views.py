@@ -53,11 +53,6 @@ SECTIONS: dict[str, tuple[str, str]] = {
 }
 """Title and the sentence under it, in the order of the report."""
 
-_HOME = {
-    "class": "classes", "calibration": "classes", "sparsity": "classes", "concept": "concepts", "leakage": "concepts", "localization": "parts",
-    "localisation": "parts", "detection": "parts", "part": "parts", "background": "suspects", "backgrounds": "suspects",
-    "robustness": "groups", "group": "groups", "intervention": "interventions", "faithfulness": "controls", "occlusion": "controls",
-}  # fmt: skip
 _CUT = 0.6  # of the maximum: where the paper cuts a map into a box
 _KEY_FIGURES = ("classes", "concepts", "parts", "interventions", "groups")
 
@@ -118,7 +113,7 @@ def sections(record: AuditRecord) -> tuple[SectionView, ...]:
     homes: dict[str, list[Figure]] = {key: [] for key in SECTIONS}
     for figure in record.figures:
         prefix = figure.key.split("/")[0]
-        homes[prefix if prefix in SECTIONS else _HOME.get(prefix, "card")].append(figure)
+        homes[prefix if prefix in SECTIONS else "card"].append(figure)
     return tuple(
         SectionView(number, key, title, lead, tuple(homes[key]), tuple(row for row in record.absent if row.section == key))
         for number, (key, (title, lead)) in enumerate(SECTIONS.items(), start=1)

@@ -50,8 +50,8 @@ def test_hostile_names_survive_and_no_tag_can_end_a_script_element() -> None:
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_floats_keep_six_digits_and_whole_numbers_are_exact(value: float) -> None:
-    held = record_to_dict(replace(record(), pictures=replace(record().pictures, confidence=(value,) * 18)))["pictures"]["confidence"][0]
-    assert held == value if value.is_integer() else abs(held - value) <= 5.01e-6 * abs(value) + 1e-320
+    for held in (record_file._encoded(value, float, "here"), record_file._encoded((value, None), tuple[float | None, ...], "here")[0]):
+        assert held == value if value.is_integer() else abs(held - value) <= 5.01e-6 * abs(value) + 1e-320
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -89,7 +89,7 @@ def test_the_schema_refuses_what_reading_refuses() -> None:
     validator = jsonschema.Draft202012Validator(schema())
     for change in ({"format": 99}, {"strange": 1}, {"title": 3}, {"cards": [{}]}):
         assert not validator.is_valid(values() | change)
-        with pytest.raises(ValueError, match="format|strange|title|cards"):
+        with pytest.raises(ValueError, match=r"format|strange|title|cards"):
             record_from_dict(values() | change)
 
 
@@ -178,5 +178,5 @@ def test_files_that_are_no_records(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"byte 11 is no UTF-8"):
         read_record(path)
     path.write_text("[]")
-    with pytest.raises(ValueError, match="no record of an audit"):
+    with pytest.raises(ValueError, match=r"no record of an audit"):
         read_record(path)

@@ -10,6 +10,7 @@ import re
 from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def test_everything_is_closed_and_sections_are_in_order() -> None:
     headings = [int(tag[1]) for tag, _ in page().elements if re.fullmatch(r"h[1-6]", tag)]
     assert headings[0] == 1
     assert headings.count(1) == 1
-    assert all(b <= a + 1 for a, b in zip(headings, headings[1:]))
+    assert all(b <= a + 1 for a, b in pairwise(headings))
 
 
 def test_the_page_asks_for_nothing_outside() -> None:
@@ -206,7 +207,7 @@ def test_hostile_names_are_text_in_markdown() -> None:
     assert "<img" not in text
     assert not re.search(r"(?<!\\)\]\(", text)
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    for head, rule in zip(rows, rows[1:]):
+    for head, rule in pairwise(rows):
         if rule.startswith("| ---"):
             assert len(re.split(r"(?<!\\)\|", head)) == len(rule.split("|"))
 
