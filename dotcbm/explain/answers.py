@@ -105,6 +105,8 @@ def plot_box(report: BoxReport, *, n: int = 6) -> Figure:
     _bars(bars, names, values, [FOR if row.lift > 1 else REST for row in rows], texts=texts)
     bars.set_xlim(0, 1.5 * max([*values, report.area, 1e-3]))
     bars.axvline(report.area, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+    for text in bars.texts:  # short bars end left of the line
+        text.set_path_effects([effects.Stroke(linewidth=3, foreground="white"), effects.Normal()])
     heading(bars, "Concepts that live in it", "share of the map inside", inches=LABELS + 3.0, shift=LABELS)
     note = "dashed: the box's share of the area, which chance would give"
     if rows and rows[0].evidence is not None:

@@ -305,7 +305,8 @@ def explain(model: ConceptModel, image: Picture, *, target_class: int | str | No
         image: A path, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) uint8 tensor.
         target_class: The class to explain, by name or index; the predicted one by default.
         view: What the maps show (see `dotcbm.explain.heatmaps`): "concept" for models with a transport plan, "evidence" for those
-            whose logits are sums over patches and "gradcam" for the others by default.
+            whose logits are sums over patches and "gradcam" for the others by default. "integrated_gradients" takes a backward pass
+            for each concept and step: a minute for DOT-CBM with 112 concepts on one core.
 
     Raises:
         ValueError: The classes of the model are not read from its concepts (a linear probe); there is no such class or view; the

@@ -32,7 +32,7 @@ def test_numbers_are_the_models_on_covered_pictures(build: Build, picture: Tenso
         assert torch.equal(row.region_hw, region_of(explanation.heatmaps_MHW[j], share=0.3, max_area=0.25))
         for region_hw, value in ((row.region_hw, row.covered), *zip(row.random_Rhw, row.random_R, strict=True)):
             expected = model(cover(image, region_hw)[None]).concept_BM[0, j]
-            assert float(value) == pytest.approx(float(expected), abs=1e-6)
+            assert float(value) == pytest.approx(float(expected.detach()), abs=1e-6)
             assert int(region_hw.sum()) == int(row.region_hw.sum())
         assert not bool((row.random_Rhw & row.region_hw).any())  # there is room beside it
         assert row.drop == pytest.approx(row.probability - row.covered)
