@@ -12,7 +12,7 @@ from dotcbm.report.record import Interval, Unit
 from dotcbm.report.record_file import write_whole
 from dotcbm.report.render_numbers import number, signed, span, with_unit
 
-__all__ = ["difference_text", "html", "markdown", "value_text", "write_comparison"]
+__all__ = ["cell_text", "difference_text", "html", "markdown", "table_lines", "value_text", "write_comparison"]
 
 _SHOWN = 60  # pictures listed on the page; all of them are in the JSON
 _FEW = 20  # of anything in the Markdown
@@ -117,29 +117,30 @@ def difference_text(difference: Interval | None, unit: Unit) -> str:
     return signed(difference.value, shown) + (f" [{ends}]{star}" if ends else "")
 
 
-def _safe(text: str) -> str:
+def cell_text(text: str) -> str:
     """Text that cannot end a cell of a Markdown table or start markup."""
     for mark in "\\|<>*_`[]":
         text = text.replace(mark, f"\\{mark}" if mark not in "<>" else {"<": "&lt;", ">": "&gt;"}[mark])
     return " ".join(text.split())
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
+def table_lines(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table; cells must be safe."""
     return [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |", *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
 def markdown(comparison: Comparison) -> str:
     """The comparison as Markdown; lists are cut after 20 entries, and say so."""
-    c, names = comparison, [_safe(name) for name in comparison.names]
+    c, names = comparison, [cell_text(name) for name in comparison.names]
     first = names[c.against]
     others = [i for i in range(len(names)) if i != c.against]
-    lines = [f"# {' · '.join(names)}", "", _safe(_facts(c)), "", *(f"> {_safe(note)}\n" for note in c.notes), "## Figures", ""]
+    lines = [f"# {' · '.join(names)}", "", cell_text(_facts(c)), "", *(f"> {cell_text(note)}\n" for note in c.notes), "## Figures", ""]
     lines += [f"Differences are to {first}; a star marks an interval that keeps clear of zero.", ""]
-    lines += _table(
+    lines += table_lines(
         ["figure", *names, *(f"{names[i]} − {first}" for i in others), "interval of the difference"],
         [
             [
-                f"{_safe(row.label)} (`{row.key}`)",
+                f"{cell_text(row.label)} (`{row.key}`)",
                 *(value_text(value, row.unit) for value in row.values),
                 *(difference_text(row.differences[i], row.unit) for i in others),
                 row.how,
@@ -154,26 +155,26 @@ def markdown(comparison: Comparison) -> str:
                 for i in others:
                     lines += _differing(c, rows, i, measure, f"{heading}, {names[i]} against {first} ({test})")
     lines += ["## Findings", ""]
-    lines += _table(
+    lines += table_lines(
         ["finding", *names],
         [
-            [f"`{row.key}`", *("—" if s is None else f"{s}: {_safe(t or '')}" for s, t in zip(row.severities, row.titles, strict=True))]
+            [f"`{row.key}`", *("—" if s is None else f"{s}: {cell_text(t or '')}" for s, t in zip(row.severities, row.titles, strict=True))]
             for row in c.findings
         ],
     )
     if c.paired:
         lines += [f"## Pictures ({len(c.disagreements)} are not given the same class by all)", ""]
-        lines += _table(
+        lines += table_lines(
             [f"against {first}", "right only here", "wrong only here", "wrong otherwise", "p (McNemar, exact)"],
-            [[_safe(t.name), str(t.gained), str(t.lost), str(t.otherwise), f"{t.p:.2g}"] for t in c.turned],
+            [[cell_text(t.name), str(t.gained), str(t.lost), str(t.otherwise), f"{t.p:.2g}"] for t in c.turned],
         )
-        lines += _table(
+        lines += table_lines(
             ["picture", "true class", *(f"{name}: class given, probability of the true one in %" for name in names)],
             [
                 [
-                    _safe(row.name),
-                    _safe(row.label),
-                    *(f"{_safe(k)}, {number(p, 'percent')}" for k, p in zip(row.predicted, row.true_probability, strict=True)),
+                    cell_text(row.name),
+                    cell_text(row.label),
+                    *(f"{cell_text(k)}, {number(p, 'percent')}" for k, p in zip(row.predicted, row.true_probability, strict=True)),
                 ]
                 for row in c.disagreements[:_FEW]
             ],
@@ -187,11 +188,11 @@ def _differing(c: Comparison, rows: tuple[ComparedRow, ...], i: int, measure: st
     found = c.different(rows, i, measure)
     lines = [f"### {heading}", "", f"{len(found)} of {c.tested(rows, i, measure)} differ.", ""]
     if found:
-        lines += _table(
+        lines += table_lines(
             ["name", "reference, %", "here, %", "difference, points", "q", "n"],
             [
                 [
-                    _safe(row.name),
+                    cell_text(row.name),
                     number(row.values[c.against], "percent"),
                     number(row.values[i], "percent"),
                     difference_text(row.differences[i], "percent"),
