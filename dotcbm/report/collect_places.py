@@ -1,0 +1,131 @@
+"""Where the maps of a batch point, measured while the maps are there: they are too large to keep.
+
+Columns are named "<figure>/<map>". Maps are those of `dotcbm.training.evaluation.concept_maps` and two controls, "centre" (a bump in the
+middle of the picture, for models without a patch prior) and "random" (noise, another one for each picture and concept).
+
+    distance    (B, M)     from the peak to the nearest visible key point of the concept's parts, in diagonals of the picture
+    in_mask     (B, M)     1 if the peak lies on a visible part of the concept, 0 if beside it
+    part_mass   (B, M)     share of the map inside the concept's visible parts
+    part_rank   (B, M)     share of the parts' area that the map's highest patches find
+    background  (B, M)     share of the map outside the object
+    iou         (B, S, T)  of the one box of each group of parts with the true one, for each of `THRESHOLDS` (`dotcbm.metrics.detection`)
+    score       (B, S)     what these boxes are ranked by
+    pcp         (B, S)     share of a body part's queries that point at it; only for CUB's key points
+
+and without a map: area (B,), the share of the picture outside the object; visible (B, S), whether a group of parts can be seen.
+All are NaN where nothing can be measured.
+
+B pictures, M concepts, P parts, S groups of parts, T thresholds, N patches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dotcbm.data.batches import mix_seed
+from dotcbm.metrics.boxes import boxes_around_points, part_boxes
+from dotcbm.metrics.detection import THRESHOLDS, correct_parts, detect
+from dotcbm.metrics.localization import (
+    coverage,
+    distance_to_parts,
+    part_relevance_mass,
+    peak_points,
+    pointing_in_mask,
+    relevance_mass,
+    relevance_rank,
+)
+from dotcbm.metrics.part_groups import APN_GROUPS, part_groups
+from dotcbm.structures import ConceptBatch, ConceptOutput, ConceptSet
+from dotcbm.training.evaluation import concept_maps
+
+__all__ = ["CONTROLS", "all_maps", "place_columns"]
+
+CONTROLS = ("prior", "centre", "random")
+"""Maps that know nothing of concepts, the best control first."""
+
+_RANDOM = 0x4A9D  # separates the random maps from the other uses of the seed
+_WIDTH = 0.25  # deviation of the centre bump in picture sides: only mass and boxes depend on it, its peak does not
+
+
+def all_maps(output: ConceptOutput, *, row_B: Tensor, seed: int) -> dict[str, Tensor]:
+    """(B, N, M) maps by name, those of controls among them."""
+    maps = {name: value.float() for name, value in concept_maps(output).items()}
+    b, m = output.concept_logit_BM.shape
+    height, width = output.grid
+    y, x = (torch.arange(height) + 0.5) / height - 0.5, (torch.arange(width) + 0.5) / width - 0.5
+    centre_N = torch.exp(-(y[:, None] ** 2 + x[None] ** 2) / (2 * _WIDTH**2)).flatten()
+    maps["centre"] = centre_N[None, :, None].expand(b, -1, m)
+    noise = [torch.rand(height * width, m, generator=torch.Generator().manual_seed(mix_seed(seed, _RANDOM, row))) for row in row_B.tolist()]
+    maps["random"] = torch.stack(noise)
+    return maps
+
+
+def place_columns(output: ConceptOutput, batch: ConceptBatch, concepts: ConceptSet, *, row_B: Tensor, seed: int) -> dict[str, Tensor]:
+    """The columns of the head of this file for which there are annotations.
+
+    Args:
+        output: Of the batch, on the CPU.
+        batch: With all annotations, on the CPU.
+        concepts: The vocabulary.
+        row_B: Rows of the pictures, which with `seed` fix their random maps.
+        seed: Of the audit.
+    """
+    columns: dict[str, Tensor] = {}
+    part_mask_MP = concepts.part_mask_MP()
+    has_parts = bool(part_mask_MP.any())
+    grid = output.grid
+    covered_BHW = None
+    if batch.foreground_BHW is not None:
+        covered_BHW = coverage(batch.foreground_BHW, grid=grid).unflatten(1, grid)
+        outside_B = 1 - covered_BHW.flatten(1).mean(1)
+        columns["area"] = torch.where(outside_B < 1, outside_B, torch.nan).float()
+    points_BP3 = batch.points_BP3 if has_parts else None
+    masks_BPHW = batch.part_masks_BPHW if has_parts else None
+    groups = part_groups(concepts)
+    truth_BP4 = _true_boxes(batch) if len(groups) else None
+    by_points = points_BP3 is not None and batch.box_B4 is not None and len(groups) and set(groups.names) <= set(APN_GROUPS)
+    for name, map_BNM in all_maps(output, row_B=row_B, seed=seed).items():
+        found: dict[str, Tensor] = {}
+        peak_BM2 = peak_points(map_BNM, grid=grid)
+        if points_BP3 is not None:
+            found["distance"] = distance_to_parts(peak_BM2, points_BP3=points_BP3, part_mask_MP=part_mask_MP, size_B2=batch.size_B2)
+        if by_points and points_BP3 is not None and batch.box_B4 is not None:
+            found["pcp"] = correct_parts(
+                peak_BM2, output.concept_BM, points_BP3=points_BP3, box_B4=batch.box_B4, size_B2=batch.size_B2, groups=groups
+            )
+        if masks_BPHW is not None:
+            found["in_mask"] = pointing_in_mask(map_BNM, grid=grid, part_masks_BPHW=masks_BPHW, part_mask_MP=part_mask_MP)
+            found["part_mass"] = part_relevance_mass(map_BNM, grid=grid, part_masks_BPHW=masks_BPHW, part_mask_MP=part_mask_MP)
+            found["part_rank"] = _part_rank(map_BNM, grid=grid, part_masks_BPHW=masks_BPHW, part_mask_MP=part_mask_MP)
+        if truth_BP4 is not None:
+            drawn = [
+                detect(map_BNM, output.concept_BM.float(), grid=grid, part_box_BP4=truth_BP4, groups=groups, threshold=threshold)
+                for threshold in THRESHOLDS
+            ]
+            found |= {"iou": torch.stack([d.iou_BS for d in drawn], -1), "score": drawn[0].score_BS}
+            columns["visible"] = drawn[0].visible_BS.float()
+        if covered_BHW is not None:
+            found["background"] = 1 - relevance_mass(map_BNM, grid=grid, mask_BHW=covered_BHW)
+        columns |= {f"{figure}/{name}": value.float() for figure, value in found.items()}
+    return columns
+
+
+def _true_boxes(batch: ConceptBatch) -> Tensor | None:
+    """(B, P, 4) boxes of the parts' masks; without masks, boxes of a fixed share of the object around its key points."""
+    if batch.part_masks_BPHW is not None:
+        return part_boxes(batch.part_masks_BPHW)
+    if batch.points_BP3 is None or batch.box_B4 is None:
+        return None
+    point_BP2 = torch.where(batch.points_BP3[..., 2:] > 0.5, batch.points_BP3[..., :2], torch.nan)
+    return boxes_around_points(point_BP2, box_B4=batch.box_B4)
+
+
+def _part_rank(map_BNM: Tensor, *, grid: tuple[int, int], part_masks_BPHW: Tensor, part_mask_MP: Tensor) -> Tensor:
+    """(B, M) `relevance_rank` of each concept in the union of its own visible parts."""
+    rank_BM = map_BNM.new_full((map_BNM.shape[0], map_BNM.shape[2]), torch.nan, dtype=torch.float64)
+    sets_SP, set_of_M = part_mask_MP.unique(dim=0, return_inverse=True)
+    for number, row in enumerate(sets_SP):
+        mine_M = set_of_M == number
+        rank_BM[:, mine_M] = relevance_rank(map_BNM[:, :, mine_M], grid=grid, mask_BHW=part_masks_BPHW[:, row].any(1))
+    return rank_BM
