@@ -135,7 +135,11 @@ def mcnemar(a_n: Tensor, b_n: Tensor) -> float:
     total, smaller = first + second, min(first, second)
     if first == second:
         return 1.0
-    return min(1.0, 2 * sum(math.comb(total, k) for k in range(smaller + 1)) / 2**total)
+    ways = tail = 1  # of choosing k of all, and of choosing up to k
+    for k in range(smaller):
+        ways = ways * (total - k) // (k + 1)
+        tail += ways
+    return min(1.0, 2 * tail / 2**total)
 
 
 def adjusted(p: Sequence[float | None]) -> tuple[float | None, ...]:
