@@ -6,52 +6,31 @@ Figures of places come from several maps of the same concept, named at the end o
     lift      Q_ij / theta_i: the plan with the patch prior taken out
     evidence  what each patch adds to the concept's logit (the class activation map of a vanilla CBM)
     prior     theta_i, one map for every concept: the control. What it scores is not owed to the concepts
-    centre    the middle of the picture: the second control, for key points
+    centre    the middle of the picture: the second control, for peaks
+    random    a peak, or an order of the patches, drawn evenly, or a uniform map: chance, computed and not drawn
 
-B pictures, N patches, M concepts, K classes.
+B pictures, N patches, M concepts, S groups of parts, K classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from dotcbm.metrics.classes import accuracy, balanced_accuracy, calibration_error, worst_group_accuracy
 from dotcbm.metrics.concepts import all_negative_error, concept_error, macro_auroc, macro_average, macro_average_precision
-from dotcbm.metrics.localization import (
-    coverage,
-    distance_to_parts,
-    pointing_distance,
-    pointing_in_mask,
-    prior_map,
-    relevance_mass,
-    scored_pairs,
-)
+from dotcbm.metrics.detection import Detections, PartGroups, part_detection, part_groups
+from dotcbm.metrics.localization import scored_pairs
 from dotcbm.models.concept_model import ConceptModel
 from dotcbm.structures import ConceptBatch, ConceptOutput, ConceptSet
+from dotcbm.training.places import RADII, THRESHOLD, concept_maps, place_figures
 from dotcbm.transport.priors import perplexity
 
-__all__ = ["RADII", "Evaluation", "concept_maps", "evaluate"]
-
-RADII = (0.05, 0.1)
-"""Shares of the picture's diagonal within which a peak counts as on a key point."""
-
-
-def concept_maps(output: ConceptOutput) -> dict[str, Tensor]:
-    """(B, N, M) maps of an output by kind; see the head of this file. Without "centre", which is no map."""
-    maps: dict[str, Tensor] = {}
-    if output.plan_BNM is not None:
-        maps["plan"] = output.plan_BNM
-        if output.theta_BN is not None:
-            maps["lift"] = output.plan_BNM / output.theta_BN[..., None].clamp(min=torch.finfo(output.theta_BN.dtype).tiny)
-    if output.evidence_BNM is not None:
-        maps["evidence"] = output.evidence_BNM
-    if output.theta_BN is not None:
-        maps["prior"] = prior_map(output.theta_BN, num_concepts=output.concept_logit_BM.shape[1])
-    return maps
+__all__ = ["RADII", "THRESHOLD", "Evaluation", "concept_maps", "evaluate"]
 
 
 @dataclass
@@ -85,39 +64,19 @@ class Evaluation:
         if output.theta_BN is not None:
             row["theta_perplexity"] = perplexity(output.theta_BN.float())
         if self.places:
-            for name, value_BM in self._places(output, batch).items():
+            places = place_figures(output, batch, part_mask_MP=self.concepts.part_mask_MP(), groups=self._groups)
+            for name, value_BM in places.pairs.items():
                 counts_BM = scored_pairs(value_BM, batch.concepts_BM)
                 pair_B2 = torch.stack([torch.where(counts_BM, value_BM, 0.0).sum(1), counts_BM.sum(1)], 1)
                 row[f"place {name}"] = pair_B2.double()
+            row |= {f"parts {kind}": value_BS for kind, value_BS in places.correct_parts.items()}
+            row |= {f"boxes {kind}": value_BS3 for kind, value_BS3 in places.detections.items()}
         for name, value in row.items():
             self._columns.setdefault(name, []).append(value)
 
-    def _places(self, output: ConceptOutput, batch: ConceptBatch) -> dict[str, Tensor]:
-        part_mask_MP = self.concepts.part_mask_MP()
-        has_parts = bool(part_mask_MP.any())
-        values: dict[str, Tensor] = {}
-        covered_BHW = None
-        if batch.foreground_BHW is not None:
-            # On the grid already, the mask's own share of each patch is what `relevance_mass` computes from it: once for all maps.
-            covered_BHW = coverage(batch.foreground_BHW, grid=output.grid).unflatten(1, output.grid)
-        for kind, map_BNM in concept_maps(output).items():
-            map_BNM = map_BNM.float()
-            if has_parts and batch.points_BP3 is not None:
-                distance_BM = pointing_distance(
-                    map_BNM, grid=output.grid, points_BP3=batch.points_BP3, part_mask_MP=part_mask_MP, size_B2=batch.size_B2
-                )
-                values.update(_within(distance_BM, kind))
-            if has_parts and batch.part_masks_BPHW is not None:
-                values[f"pointing_mask_{kind}"] = pointing_in_mask(
-                    map_BNM, grid=output.grid, part_masks_BPHW=batch.part_masks_BPHW, part_mask_MP=part_mask_MP
-                )
-            if covered_BHW is not None:
-                values[f"foreground_mass_{kind}"] = relevance_mass(map_BNM, grid=output.grid, mask_BHW=covered_BHW)
-        if has_parts and batch.points_BP3 is not None and values:
-            centre_BM2 = torch.full((*batch.concepts_BM.shape, 2), 0.5)
-            distance_BM = distance_to_parts(centre_BM2, points_BP3=batch.points_BP3, part_mask_MP=part_mask_MP, size_B2=batch.size_B2)
-            values.update(_within(distance_BM, "centre"))
-        return values
+    @cached_property
+    def _groups(self) -> PartGroups:
+        return part_groups(self.concepts)
 
     def gather(self) -> Evaluation:
         """The pictures of all processes together, each once."""
@@ -142,9 +101,13 @@ class Evaluation:
 
         num_pictures; accuracy, balanced_accuracy, calibration_error, worst_group_accuracy; concept_auroc, concept_ap,
         concept_error, all_negative_error (macro, over the concepts that vary, errors over the known ones);
-        pointing_<r>_<map> (peak within r diagonals of a visible key point), pointing_mask_<map> (peak in the part's mask),
-        foreground_mass_<map> (share of the map inside the object), over the pairs of picture and concept with target 1 and a
-        visible part, `num_pointed` of them; transport_residual (mean and largest), theta_perplexity.
+        transport_residual (mean and largest), theta_perplexity. Over the pairs of picture and concept with target 1 whose part is
+        visible, `num_pointed` of them: pointing_<r>_<map> (peak within r diagonals of a key point), pointing_distance_<map> (mean
+        distance in diagonals), pointing_mask_<map> (peak in the part's mask), part_mass_<map> and part_rank_<map> (relevance mass and
+        rank inside the part's mask), box_share_<map> (share of boxes with IoU of at least 0.5); over those with a mask of the object
+        foreground_mass_<map>, foreground_rank_<map> and background_share_<map>. Over pictures and groups of parts
+        (`dotcbm.metrics.detection`; with key points only, the true boxes are a proxy): detection_ap_<map> (mean over groups of the
+        average precision), detection_share_<map> (share of visible parts found) and pcp_<map> (percentage of correct parts).
         """
         columns = {name: torch.cat(values) for name, values in self._columns.items()}
         if not len(columns.get("label", ())):
@@ -167,12 +130,20 @@ class Evaluation:
             figures["transport_residual_max"] = columns["residual"].max()
         if "theta_perplexity" in columns:
             figures["theta_perplexity"] = columns["theta_perplexity"].mean()
-        for name, pair_N2 in columns.items():
+        for name, column in columns.items():
             if name.startswith("place "):
-                total, count = pair_N2.sum(0)
+                total, count = column.sum(0)
                 figures[name.removeprefix("place ")] = total / count
                 if "pointing" in name:
                     figures["num_pointed"] = count
+            elif name.startswith("parts "):
+                figures[f"pcp_{name.removeprefix('parts ')}"] = column.nanmean(0).nanmean()
+            elif name.startswith("boxes "):
+                score_NS, iou_NS, visible_NS = column.unbind(-1)
+                scores = part_detection(Detections(score_NS, iou_NS, visible_NS == 1), self._groups)
+                kind = name.removeprefix("boxes ")
+                figures[f"detection_ap_{kind}"] = torch.tensor(scores.mean_average_precision)
+                figures[f"detection_share_{kind}"] = torch.tensor(scores.share_correct)
         return {name: float(value) for name, value in figures.items() if not value.isnan()}
 
 
@@ -197,7 +168,3 @@ def evaluate(model: ConceptModel, dataloader: Iterable[ConceptBatch], concepts: 
     finally:
         model.train(was_training)
     return evaluation.compute()
-
-
-def _within(distance_BM: Tensor, kind: str) -> dict[str, Tensor]:
-    return {f"pointing_{r:g}_{kind}": torch.where(distance_BM.isnan(), torch.nan, (distance_BM <= r).double()) for r in RADII}

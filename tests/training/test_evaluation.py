@@ -70,6 +70,51 @@ def test_figures_by_hand():
     assert "foreground_mass_evidence" not in figures  # nowhere positive
 
 
+def test_boxes_parts_and_ranks_by_hand():
+    evaluation = Evaluation(CONCEPTS)
+    output, batch = batch_of(4)
+    evaluation.update(output, replace(batch, box_B4=torch.tensor([[0.0, 0.0, 0.7, 0.7]]).expand(4, 4)))
+    figures = evaluation.compute()
+    # The true boxes are the quarters at the top left (p) and at the bottom right (q); a draws the first, b the quarter above q.
+    assert figures["box_share_plan"] == pytest.approx(2 / 6)  # a counts in two pictures, b in four
+    assert figures["detection_share_plan"] == pytest.approx(4 / 8)
+    assert figures["detection_ap_plan"] == pytest.approx(1 / 2)
+    assert figures["pcp_plan"] == pytest.approx(1 / 2)  # boxes of half the picture: a's peak is on its point, b's a box away
+    assert figures["pcp_centre"] == 0  # the middle overlaps each quarter by a seventh
+    assert figures["part_mass_plan"] == pytest.approx((2 * 0.3 / 0.45 + 4 * 0.05 / 0.45) / 6)
+    assert figures["part_mass_random"] == pytest.approx(1 / 4)
+    assert figures["part_rank_plan"] == pytest.approx(2 / 6)
+    assert figures["part_rank_random"] == pytest.approx(1 / 4)
+    assert figures["foreground_rank_prior"] == pytest.approx(1 / 2)  # patches 0 and 1 of the object's 0 and 3
+    assert figures["foreground_rank_random"] == figures["foreground_mass_random"] == figures["background_share_random"] == 0.5
+    assert figures["background_share_prior"] == pytest.approx(1 - figures["foreground_mass_prior"])
+    assert figures["pointing_0.1_random"] == pytest.approx(1 / 4)
+    assert figures["pointing_distance_random"] == pytest.approx((0 + 2 * 0.5 / 2**0.5 + 0.5) / 4)
+    # Without masks the boxes around the key points are the truth: the same quarters here.
+    evaluation = Evaluation(CONCEPTS)
+    evaluation.update(output, replace(batch, part_masks_BPHW=None, box_B4=torch.tensor([[0.0, 0.0, 0.7, 0.7]]).expand(4, 4)))
+    assert evaluation.compute()["box_share_plan"] == pytest.approx(2 / 6)
+
+
+def test_random_maps_score_what_the_controls_predict():
+    g = torch.Generator().manual_seed(0)
+    num, grid = 4000, (4, 4)
+    theta = torch.rand(num, 16, generator=g)
+    masks = (torch.rand(num, 2, 4, 4, generator=g) > 0.6) & torch.tensor([1, 0]).bool()[:, None, None]
+    masks[:, 1, 2, 1] = True
+    output, batch = batch_of(num)
+    plan = torch.rand(num, 16, 2, generator=g)
+    evaluation = Evaluation(CONCEPTS)
+    evaluation.update(
+        replace(output, plan_BNM=plan, theta_BN=theta, evidence_BNM=None, grid=grid),
+        replace(batch, part_masks_BPHW=masks, foreground_BHW=masks.any(1), points_BP3=torch.rand(num, 2, 3, generator=g).round(decimals=2)),
+    )
+    figures = evaluation.compute()
+    for name in ("pointing_0.1", "pointing_0.05", "pointing_distance", "part_mass", "part_rank", "foreground_mass", "foreground_rank"):
+        for kind in ("plan", "prior"):
+            assert figures[f"{name}_{kind}"] == pytest.approx(figures[f"{name}_random"], abs=0.02), (name, kind)
+
+
 def test_pictures_seen_twice_count_once():
     once, twice = Evaluation(CONCEPTS), Evaluation(CONCEPTS)
     once.update(*batch_of(5))
