@@ -40,7 +40,7 @@ def test_each_place_is_compared_with_the_label() -> None:
 
 def test_pooled_is_the_label_free_bottleneck() -> None:
     torch.manual_seed(0)
-    salf, free = SALFCBM(make_problem(), target="pooled").train(), LabelFreeCBM(make_problem()).train()
+    salf, free = SALFCBM(make_problem(), local=0.0).train(), LabelFreeCBM(make_problem()).train()
     free.load_state_dict(salf.state_dict())
     features, concepts = make_features(pictures=8), labels(8)
     ours = terms_of(salf, features, concepts)
@@ -48,6 +48,15 @@ def test_pooled_is_the_label_free_bottleneck() -> None:
     for name in theirs:
         assert torch.allclose(ours[name], theirs[name], atol=1e-5), name
     assert torch.allclose(salf.eval()(features).class_logit_BK, free.eval()(features).class_logit_BK, atol=1e-5)
+
+
+def test_the_share_of_the_places_mixes_both() -> None:
+    features, concepts = make_features(pictures=8), labels(8)
+    found = {}
+    for local in (0.0, 0.25, 1.0):
+        torch.manual_seed(0)
+        found[local] = terms_of(SALFCBM(make_problem(), local=local).train(), features, concepts)["concept"]
+    assert torch.allclose(found[0.25], 0.75 * found[0.0] + 0.25 * found[1.0], atol=1e-5)
 
 
 def test_text_compares_each_place_with_its_patch() -> None:
@@ -61,7 +70,7 @@ def test_text_compares_each_place_with_its_patch() -> None:
     terms = terms_of(model, features, torch.full((8, M), torch.nan))
     assert torch.allclose(terms["concept"], 1 - slow, atol=1e-5)
     assert terms["calibration"] == 0
-    assert "concept" not in terms_of(model.eval(), features, labels(8))
+    assert terms_of(model.eval(), features, labels(8))["concept"] == 0  # places are compared in training only
     check_promises(model)
 
 
@@ -73,16 +82,16 @@ def test_local_training_raises_the_similarity_at_every_place() -> None:
     patch[..., :M] += 1.5 * concepts[:, None, :]
     features = PatchFeatures(patch, patch.mean(1), GRID)
     reached = {}
-    for target in ("label", "pooled"):
+    for local in (1.0, 0.0):
         torch.manual_seed(0)
-        model = SALFCBM(make_problem(), target=target).train()
+        model = SALFCBM(make_problem(), local=local).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
         for _ in range(80):
             optimizer.zero_grad()
             sum(terms_of(model, features, concepts).values()).backward()  # pyright: ignore
             optimizer.step()
-        reached[target] = float(cubed_cosine(model.concept.maps(patch), concepts[:, None]).mean())
-    assert reached["label"] > reached["pooled"] + 0.05
+        reached[local] = float(cubed_cosine(model.concept.maps(patch), concepts[:, None]).mean())
+    assert reached[1.0] > reached[0.0] + 0.05
 
 
 @pytest.mark.parametrize("scaling", ["none", "half", "full"])
@@ -107,13 +116,14 @@ def test_training_reduces_the_loss_and_finds_concepts(tmp_path: Path) -> None:
 
 
 def test_saved_and_read_back(tmp_path: Path) -> None:
-    roundtrip(tmp_path, SALFCBM, target="label", scaling="half")
+    roundtrip(tmp_path, SALFCBM, target="label", local=0.3, scaling="half")
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"target": "here"}, "target is 'here'"),
+        ({"local": 1.1}, "local is 1.1"),
         ({"target": "text"}, "width 16, and there are none"),
         ({"scaling": "twice"}, "scaling is 'twice'"),
     ],
