@@ -192,37 +192,29 @@ class Explanation:
         return replace(self, target=class_index(target_class, self.class_names), before=before)
 
     def intervene(self, changes: Mapping[str, float], *, logit_range: tuple[Tensor, Tensor] | None = None) -> Explanation:
-        """What the classes would be if concepts had other probabilities, {"red wing": 0.0}; `before` of it is this explanation.
-
-        See `dotcbm.explain.interventions.intervene`.
-        """
+        """What the classes would be if concepts had other probabilities, {"red wing": 0.0}; `before` of it is this explanation
+        (`dotcbm.explain.interventions.intervene`)."""
         from dotcbm.explain import interventions
 
         return interventions.intervene(self, changes, logit_range=logit_range)
 
     def intervene_group(self, group: str, value: str | None, *, logit_range: tuple[Tensor, Tensor] | None = None) -> Explanation:
-        """A group of exclusive concepts ("bill shape") set to one of its values, or to none; the others off.
-
-        See `dotcbm.explain.interventions.intervene_group`.
-        """
+        """A group of exclusive concepts ("bill shape") set to one of its values, or to none; the others off
+        (`dotcbm.explain.interventions.intervene_group`)."""
         from dotcbm.explain import interventions
 
         return interventions.intervene_group(self, group, value, logit_range=logit_range)
 
     def reweigh(self, factors: Mapping[str, float], *, target_class: int | str | None = None) -> Explanation:
-        """What the classes would be if the head's weights of concepts were multiplied, {"red wing": 0.0}.
-
-        See `dotcbm.explain.interventions.reweigh`.
-        """
+        """What the classes would be if the head's weights of concepts were multiplied, {"red wing": 0.0}
+        (`dotcbm.explain.interventions.reweigh`)."""
         from dotcbm.explain import interventions
 
         return interventions.reweigh(self, factors, target_class=target_class)
 
     def versus(self, other: int | str | None = None) -> Contrast:
-        """Why this class and not the other: what speaks for each of the two, concept by concept; the runner-up by default.
-
-        See `dotcbm.explain.contrast.contrast`.
-        """
+        """Why this class and not the other: what speaks for each of the two, concept by concept; the runner-up by default
+        (`dotcbm.explain.contrast.contrast`)."""
         from dotcbm.explain.contrast import contrast
 
         return contrast(self, other)
@@ -264,6 +256,19 @@ class Explanation:
             "region": list(self.region),
             "concepts": concepts,
         }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The bottleneck as what builds it again: modules with parametrizations (LaBo's) cannot be pickled as they are."""
+        made = self.bottleneck
+        weights = {name: value.detach().cpu() for name, value in made.state_dict().items()}
+        return {**self.__dict__, "bottleneck": (type(made), made.problem, made.settings, weights)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        kind, problem, settings, weights = state["bottleneck"]
+        with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced at once
+            made: Bottleneck = kind(problem, **settings)
+        made.load_state_dict(weights)
+        self.__dict__.update({**state, "bottleneck": made.eval().requires_grad_(False)})
 
     def __repr__(self) -> str:
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
 from collections.abc import Callable
@@ -135,7 +136,9 @@ def test_a_model_that_learned_since_is_noticed(model: ConceptModel, explanation:
 
 
 def test_an_explanation_survives_pickling_and_the_mode_is_restored(model: ConceptModel, explanation: Explanation) -> None:
+    before = torch.get_rng_state()
     again: Explanation = pickle.loads(pickle.dumps(explanation))
+    assert torch.equal(torch.get_rng_state(), before)
     torch.testing.assert_close(again.intervene({"crest": 0.5}).class_logit_K, explanation.intervene({"crest": 0.5}).class_logit_K)
     model.train()
     model.bottleneck.head.eval()
@@ -162,3 +165,22 @@ def test_a_contrast_is_the_difference_of_two_sums(explanation: Explanation) -> N
         explanation.versus(explanation.target)
     with pytest.raises(ValueError, match="did you mean"):
         explanation.versus("Brambel")
+
+
+@pytest.mark.parametrize(
+    "name", ["cem.CEM", "coop_cbm.CoopCBM", "labo.LaBo", "post_hoc.PostHocCBM", "salf_cbm.SALFCBM", "sparse_cbm.SparseCBM"]
+)
+def test_the_baselines_are_explained_changed_and_pickled(build: Build, picture: Tensor, name: str) -> None:
+    module, kind = name.split(".")
+
+    def make(problem: Problem) -> Bottleneck:
+        with_text = replace(problem, text_MD=torch.randn(6, 6, generator=torch.Generator().manual_seed(4)))
+        return getattr(importlib.import_module(f"dotcbm.models.{module}"), kind)(with_text)
+
+    model = build(make).eval()
+    found = explain(model, picture)
+    torch.testing.assert_close(found.contribution_KM.sum(1) + found.bias_K, found.class_logit_K, atol=1e-4, rtol=1e-4)
+    changed = found.intervene({"crest": 0.0, "red wing": 1.0})
+    assert changed.class_logit_K.isfinite().all()
+    again: Explanation = pickle.loads(pickle.dumps(found))
+    torch.testing.assert_close(again.intervene({"crest": 0.0, "red wing": 1.0}).class_logit_K, changed.class_logit_K)
