@@ -182,7 +182,7 @@ def test_the_model_is_as_it_was_also_after_an_error(
     on = "patches" if method == "gradcam" else "picture"
     if fails:
         calls, whole = [], model.bottleneck.classify
-        # Late enough to happen inside captum, where its hooks are in place.
+        # Inside captum, with its hooks in place; captum's LRP only ever sees a copy of the encoder.
         last = {"gradcam": 2, "integrated_gradients": 3, "lrp": 2}[method]
 
         def broken(*given: Tensor) -> Tensor:
