@@ -35,7 +35,7 @@ class World:
         data: Arguments of `ConceptDataModule`.
         task: Arguments of `ConceptTask` shared by all rows.
         epochs: Passes over the training pictures.
-        audit: Split to audit after each run (`dotcbm.report.audit`, figures only); None for none.
+        audit: {"split": what to audit after each run, and arguments of `AuditSettings`}, figures only by default; None for no audit.
     """
 
     encoder: Mapping[str, Any]
@@ -43,7 +43,7 @@ class World:
     data: Mapping[str, Any]
     task: Mapping[str, Any]
     epochs: int
-    audit: str | None = None
+    audit: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,8 @@ from dotcbm.catalog import subclasses
 from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.encoders.image import ImageEncoder
 from dotcbm.models.base import Bottleneck
+from dotcbm.report.audit import AuditSettings, audit
+from dotcbm.report.record_file import write_record
 from dotcbm.report.study import Record, Run, Study, make_source, read_records, run_settings, runs_of
 from dotcbm.training.task import ConceptTask
 
@@ -111,7 +114,7 @@ def _run(study: Study, run: Run, *, encoder: ImageEncoder | None, data: ConceptD
         figures["head_l2"] = task.head_fit.l2
         figures["val/accuracy"] = task.head_fit.val_accuracy
     if world.audit is not None:
-        figures |= _audited(run, task, data, split=world.audit, directory=directory)
+        figures |= _audited(run, task, data, asked=world.audit, directory=directory)
     device = torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else "CPU"
     return Record(
         study=study.name,
@@ -126,12 +129,10 @@ def _run(study: Study, run: Run, *, encoder: ImageEncoder | None, data: ConceptD
     )
 
 
-def _audited(run: Run, task: ConceptTask, data: ConceptDataModule, *, split: str, directory: Path) -> dict[str, float]:
+def _audited(run: Run, task: ConceptTask, data: ConceptDataModule, *, asked: Mapping[str, Any], directory: Path) -> dict[str, float]:
     """The figures of an audit, as "audit/<key>"; its record is written beside."""
-    from dotcbm.report.audit import AuditSettings, audit
-    from dotcbm.report.record_file import write_record
-
-    record = audit(task.model, data, split=split, settings=AuditSettings(seed=run.seed, depth="figures"))
+    settings = {"seed": run.seed, "depth": "figures", **{name: value for name, value in asked.items() if name != "split"}}
+    record = audit(task.model, data, split=asked["split"], settings=AuditSettings(**settings))
     path = directory / AUDITS / f"{run.stem}.json"
     path.parent.mkdir(exist_ok=True)
     write_record(record, path)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
 from dotcbm.data.batches import mix_seed
 from dotcbm.data.datamodule import ConceptDataModule
@@ -213,8 +213,18 @@ class ConceptTask(LightningModule):
         return self.regime != "joint" and all(id(p) in of_head for p in bottleneck.parameters())
 
     def on_train_start(self) -> None:
-        """A bottleneck without a trainable concept part (a linear probe) goes straight to stage 2."""
+        """A bottleneck without a trainable concept part (a linear probe) goes straight to stage 2.
+
+        One that scales its features (random concepts) learns their means and deviations from one pass over the training pictures.
+        """
         if self._is_all_head:
+            if any(isinstance(module, nn.BatchNorm1d) for module in self.model.bottleneck.modules()):
+                self.model.bottleneck.train()
+                with torch.no_grad():
+                    for batch in self.data.train_dataloader():
+                        self.model.forward_batch(batch.to(self.device))
+                for value in self.model.bottleneck.buffers():
+                    value.copy_(self.trainer.strategy.broadcast(value))  # each process saw its share
             rank_zero_info(f"{type(self.model.bottleneck).__name__} has nothing to train but its head: straight to the head")
             self.trainer.should_stop = True
 
@@ -334,7 +344,7 @@ class ConceptTask(LightningModule):
             head.bias.copy_(fit.bias_K)
         self.head_fit = fit
         said = "" if val is None else f", {100 * fit.val_accuracy:.1f} % in validation"
-        rank_zero_info(f"Head fitted with l2 = {fit.l2:g}: class accuracy {100 * fit.train_accuracy:.1f} % in training{said}")
+        rank_zero_info(f"Head fitted with {'l2' if self.head_nec is None else 'strength'} = {fit.l2:g}: class accuracy {100 * fit.train_accuracy:.1f} % in training{said}")
         figures = {"head/l2": fit.l2, "head/train_accuracy": fit.train_accuracy}
         if val is not None:
             figures["head/val_accuracy"] = fit.val_accuracy

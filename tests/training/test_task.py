@@ -17,6 +17,7 @@ from dotcbm.encoders.image import ImageEncoder
 from dotcbm.models.cbm import CBM
 from dotcbm.models.dot_cbm import DotCBM
 from dotcbm.models.linear_probe import LinearProbe
+from dotcbm.models.random_concepts import RandomConcepts
 from dotcbm.structures import ConceptBatch, ConceptOutput, Problem
 from dotcbm.training.evaluation import evaluate
 from dotcbm.training.head_fit import collect_head_input, fit_head, true_head_input
@@ -372,3 +373,12 @@ def test_sparse_heads_of_joint_training_make_no_sense(encoder):
         ConceptTask(encoder, CBM, regime="joint", head_nec=5)
     with pytest.raises(ValueError, match="head_nec is 0"):
         ConceptTask(encoder, CBM, head_nec=0)
+
+
+def test_random_concepts_learn_the_scale_of_the_features_before_their_head(run):
+    task, data, _ = fitted(run, bottleneck=RandomConcepts, epochs=1)
+    pooled = torch.cat([batch.features.patch_BND.float().mean(1) for batch in data.plain_loader("train")])
+    norm = task.model.bottleneck.norm
+    assert torch.allclose(norm.running_mean, pooled.mean(0), atol=0.1 * float(pooled.std()))
+    inputs, _ = collect_head_input(task.model, data.plain_loader("train"))
+    assert float((inputs - 0.5).abs().mean()) > 0.02  # unscaled features would leave every concept at one half, or at 0 and 1
