@@ -133,8 +133,8 @@ def make_record(
         title="Audit of DOT-CBM on drawn creatures",
         class_names=tuple(classes),
         summary=(
-            f"The model names {100 * accuracy:.1f} % of {n} pictures rightly. It reads two concepts from the place behind the creature, and "
-            "a background swap confirms it for one. Its maps point better than the prior alone."
+            f"The model names {100 * accuracy:.1f} % of {n} pictures rightly. It reads two concepts from the place behind the creature; "
+            "a background swap confirms one. Its maps point better than the prior alone."
         ),
         card=model_card(n, m, k),
         findings=findings(names, classes, n),
