@@ -54,7 +54,14 @@ SECTIONS: dict[str, tuple[str, str]] = {
 """Title and the sentence under it, in the order of the report."""
 
 _CUT = 0.6  # of the maximum: where the paper cuts a map into a box
-_KEY_FIGURES = ("classes", "concepts", "parts", "interventions", "groups")
+_KEY_FIGURES: dict[str, tuple[str, ...]] = {
+    "classes": ("accuracy",),
+    "concepts": ("auroc",),
+    "parts": ("pointing_mask", "pointing_0.1"),  # 0.1 diagonals: the radius of the concepts' table
+    "interventions": ("area",),
+    "groups": ("worst_group", "accuracy", "gap"),
+}
+"""By section, how the names begin of the figures that a reader in a hurry asks for, the first choice first."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +128,13 @@ def sections(record: AuditRecord) -> tuple[SectionView, ...]:
 
 
 def key_figures(record: AuditRecord) -> tuple[Figure, ...]:
-    """The first figure of each of the sections that a reader in a hurry asks for."""
-    by_section = {section.key: section.figures for section in sections(record)}
-    firsts = [next((figure for figure in by_section[key] if figure.value.value is not None), None) for key in _KEY_FIGURES]
-    return tuple(figure for figure in firsts if figure is not None)[:4]
+    """At most four figures for the head of the report, one of a section; any of a section's if those asked for are missing."""
+    chosen = []
+    for section, names in _KEY_FIGURES.items():
+        known = [figure for figure in record.figures if figure.value.value is not None and figure.key.startswith(f"{section}/")]
+        asked = [figure for name in names for figure in known if figure.key.startswith(f"{section}/{name}")]
+        chosen += (asked or known)[:1]
+    return tuple(chosen[:4])
 
 
 def headline(findings: Sequence[Finding]) -> Headline:

@@ -149,6 +149,21 @@ def test_every_figure_stands_in_one_section() -> None:
     assert [figure.key.split("/")[0] for figure in key_figures(record())] == ["classes", "concepts", "parts", "interventions"]
 
 
+def test_the_head_shows_the_figure_that_is_asked_for_of_each_section() -> None:
+    fine = replace(record().figures[0], key="parts/pointing_0.01_plan")
+    asked = [replace(fine, key=f"parts/pointing_{name}") for name in ("0.1_plan", "mask_plan")]
+    assert [figure.key for figure in key_figures(replace(record(), figures=(fine, *asked)))] == ["parts/pointing_mask_plan"]
+    assert [figure.key for figure in key_figures(replace(record(), figures=(fine,)))] == ["parts/pointing_0.01_plan"]
+
+
+def test_long_lists_of_figures_are_folded_and_complete() -> None:
+    many = tuple(replace(record().figures[0], key=f"parts/f{i}", label=f"figure number {i}", note="The same.") for i in range(14))
+    text = _Page(html(replace(record(), figures=many))).text
+    assert "6 more figures of this section" in text
+    assert all(f"figure number {i} " in text for i in range(14))
+    assert text.count("As above.") == 12
+
+
 def _finding(severity: str, verdict: str) -> Finding:
     return replace(record().findings[0], severity=severity, verdict=verdict)  # type: ignore[arg-type]
 
