@@ -128,7 +128,7 @@ def test_findings_stand_in_their_order_with_figure_interval_n_control_threshold_
     assert "34.0 points 95 % interval 27.0 to 41.0 n = 40 pictures" in text
     assert "2.0 points 95 % interval −1.0 to 5.0 n = 40 pictures swap within the class" in text
     assert "5.0 points rule: lower end of the interval above 5 points" in text
-    for words in ("confirmed by its control", "refuted by its control", "open: no control decides"):
+    for words in ("confirmed by its control", "refuted by its control", "open: its control does not decide"):
         assert words in text
     assert ("a", {"href": "#suspects"}) in page().elements
 
