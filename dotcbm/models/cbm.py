@@ -49,6 +49,7 @@ class CBM(PooledBottleneck):
         super().__init__(problem, settings=settings, scaling=scaling, dropout=dropout, l2=l2)
         self.head_on: Literal["probability", "logit"] = head_on
         self.concept = nn.Linear(problem.patch_width, problem.concepts.num_concepts)
+        self.start_at_frequency(self.concept.bias)
         self.head = nn.Linear(problem.concepts.num_concepts, problem.concepts.num_classes)
 
     def forward(self, features: PatchFeatures) -> ConceptOutput:

@@ -127,6 +127,7 @@ class CoopCBM(PooledBottleneck):
         self.head_on: Literal["probability", "logit"] = head_on
         self.latent = nn.Linear(problem.patch_width, width, bias=activation == "relu")  # the concepts' biases do for a linear one
         self.concept = nn.Linear(width, num_concepts)
+        self.start_at_frequency(self.concept.bias)
         self.auxiliary = nn.Linear(width, num_classes) if auxiliary else None
         self.head = nn.Linear(num_concepts, num_classes)
 

@@ -18,7 +18,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dotcbm.models.base import Bottleneck
-from dotcbm.models.linear_concepts import Calibration, LinearConcepts, Scaling, cubed_cosine
+from dotcbm.models.linear_concepts import Calibration, LinearConcepts, cubed_cosine
+from dotcbm.models.pooling import Scaling
 from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
 
 __all__ = ["LabelFreeCBM"]

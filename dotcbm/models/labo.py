@@ -90,6 +90,7 @@ class LaBo(PooledBottleneck):
         concepts = problem.concepts
         self.head_on: Literal["probability", "logit"] = head_on
         self.concept = nn.Linear(problem.patch_width, concepts.num_concepts)
+        self.start_at_frequency(self.concept.bias)
         self.head = nn.Linear(concepts.num_concepts, concepts.num_classes, bias=False)
         del self.head._parameters["bias"]
         self.head.register_buffer("bias", torch.zeros(concepts.num_classes))

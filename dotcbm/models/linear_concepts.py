@@ -5,18 +5,17 @@ B pictures, N patches, M concepts, D features, X any columns.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dotcbm.losses import concept_loss
+from dotcbm.models.pooling import Scaling, frequency_logit
 from dotcbm.structures import Problem
 
-__all__ = ["Calibration", "LinearConcepts", "Moments", "Scaling", "cubed_cosine", "frequency_logit"]
-
-Scaling = Literal["none", "half", "full"]
+__all__ = ["Calibration", "LinearConcepts", "Moments", "cubed_cosine"]
 
 _MOMENTUM = 0.1  # of the running statistics, as torch's batch norm
 _SMALLEST_ALPHA = 0.05  # a slope of 0 would leave no way back from a concept's logit to its activation
@@ -54,14 +53,6 @@ def cubed_cosine(activation_BX: Tensor, target_BX: Tensor) -> Tensor:
     # Square roots of 0 have no gradient; such columns are replaced before the root, not after.
     squares = torch.where(varies, a.square().sum(0) * t.square().sum(0), 1.0)
     return torch.where(varies, product / squares.sqrt(), 0.0)
-
-
-def frequency_logit(problem: Problem) -> Tensor:
-    """(M,) logits of the concepts' frequency in training, cut at 1 in 100; 0 where it is not known."""
-    frequency_M = problem.concept_frequency_M
-    if frequency_M is None:
-        return torch.zeros(problem.concepts.num_concepts)
-    return torch.logit(frequency_M.float(), eps=0.01)
 
 
 class Moments(nn.Module):

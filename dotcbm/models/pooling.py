@@ -18,9 +18,21 @@ from torch import Tensor, nn
 from dotcbm.models.base import Bottleneck
 from dotcbm.structures import PatchFeatures, Problem
 
-__all__ = ["PooledBottleneck", "Scaling"]
+__all__ = ["PooledBottleneck", "Scaling", "frequency_logit"]
 
 Scaling = Literal["none", "half", "full"]
+
+
+def frequency_logit(problem: Problem) -> Tensor:
+    """(M,) logits of the concepts' frequency in training, cut at 1 in 100; 0 where it is not known.
+
+    The start of the biases of linear concepts on centred features, which carry the frequency alone: at a rate of 0.005 a few hundred
+    steps do not bring them there.
+    """
+    frequency_M = problem.concept_frequency_M
+    if frequency_M is None:
+        return torch.zeros(problem.concepts.num_concepts)
+    return torch.logit(frequency_M.float(), eps=0.01)
 
 
 class PooledBottleneck(Bottleneck):
@@ -57,6 +69,12 @@ class PooledBottleneck(Bottleneck):
         self.l2 = l2
         self.norm = None if scaling == "none" else nn.BatchNorm1d(problem.patch_width, affine=False)
         self.dropout = nn.Dropout(dropout)
+
+    def start_at_frequency(self, bias_M: Tensor) -> None:
+        """Set the biases of linear concepts to `frequency_logit` where features are centred; elsewhere they carry more than it."""
+        if self.norm is not None:
+            with torch.no_grad():
+                bias_M.copy_(frequency_logit(self.problem))
 
     def patches(self, features: PatchFeatures) -> Tensor:
         """(B, N, D) patches in the precision of the weights."""

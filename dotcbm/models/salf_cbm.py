@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dotcbm.models.base import Bottleneck
-from dotcbm.models.linear_concepts import Calibration, LinearConcepts, Scaling, cubed_cosine
+from dotcbm.models.linear_concepts import Calibration, LinearConcepts, cubed_cosine
+from dotcbm.models.pooling import Scaling
 from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
 
 __all__ = ["SALFCBM", "LocalTarget"]

@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dotcbm.models.base import Bottleneck
-from dotcbm.models.linear_concepts import Calibration, LinearConcepts, Scaling
+from dotcbm.models.linear_concepts import Calibration, LinearConcepts
+from dotcbm.models.pooling import Scaling
 from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
 
 __all__ = ["Similarity", "SparseCBM", "gumbel_contrastive"]

@@ -16,7 +16,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dotcbm.models.base import Bottleneck
-from dotcbm.models.linear_concepts import LinearConcepts, Moments, Scaling
+from dotcbm.models.linear_concepts import LinearConcepts, Moments
+from dotcbm.models.pooling import Scaling
 from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
 
 __all__ = ["VLGCBM"]
