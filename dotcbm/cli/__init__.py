@@ -22,14 +22,19 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("dotcbm.cli.predict", "Write concept and class probabilities of pictures as Parquet or CSV"),
     "explain": ("dotcbm.cli.explain", "Show which concepts were seen where, and how the class follows"),
     "export": ("dotcbm.cli.export", "Write a model as torch.export program or ONNX file, compared with the original"),
+    "audit": ("dotcbm.cli.audit", "Say what a model gets wrong, where it looks and what its concepts are worth: one HTML file"),
+    "compare": ("dotcbm.cli.compare", "Put several audits side by side, with intervals of the differences"),
+    "edit": ("dotcbm.cli.edit", "Remove or re-weight concepts, fit the class head anew, and show what that changed"),
     "study": ("dotcbm.cli.study", "Train many methods on several seeds and compare them in one table"),
     "list": ("dotcbm.cli.listing", "List data sources, encoders, models, configs or metrics"),
     "doctor": ("dotcbm.cli.doctor", "Say what is installed, what is cached and what is missing"),
 }
 
-# Packages of the extra [train]; whoever lacks one needs all of them.
+# Packages of the extras; whoever lacks one of an extra needs all of them.
 _TRAIN = ("jsonargparse", "lightning", "pyarrow", "torchmetrics")
-_TRAINING = ("demo", "fit", "study", "test", "validate")
+_AUDIT = ("jinja2",)
+_TRAINING = ("audit", "demo", "edit", "fit", "study", "test", "validate")
+_AUDITING = ("audit", "edit")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean `dotcbm {near[0]}`?" if near else f"; the commands are {', '.join(COMMANDS)}"
         print(f"dotcbm: there is no command {command!r}{hint}", file=sys.stderr)
         return 2
-    if command in _TRAINING and (missing := next((name for name in _TRAIN if find_spec(name) is None), None)):
+    needed = (*(_TRAIN if command in _TRAINING else ()), *(_AUDIT if command in _AUDITING else ()))
+    if missing := next((name for name in needed if find_spec(name) is None), None):
         return _missing(command, missing)
     try:
         module = import_module(COMMANDS[command][0])
@@ -67,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\ndotcbm {command}: interrupted", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _TRAIN or _traceback_wanted():
+        if error.name is None and not _traceback_wanted():  # one of ours, which says what to install
+            print(f"dotcbm {command}: {error}", file=sys.stderr)
+            return 2
+        if error.name is None or error.name.partition(".")[0] not in (*_TRAIN, *_AUDIT) or _traceback_wanted():
             raise
         return _missing(command, error.name)
     except (ValueError, OSError) as error:
@@ -78,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _missing(command: str, package: str) -> int:
-    print(f'dotcbm {command} needs {package}, which is not installed: pip install "dotcbm[train]"', file=sys.stderr)
+    extra = "audit" if package.partition(".")[0] in _AUDIT else "train"
+    print(f'dotcbm {command} needs {package}, which is not installed: pip install "dotcbm[{extra}]"', file=sys.stderr)
     return 2
 
 

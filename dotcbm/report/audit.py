@@ -1,6 +1,6 @@
 """Audit a model on a split: run it, experiment with it, measure, and write down what follows (`dotcbm.report.record`).
 
-    collect     one pass over the split, the training split and the other test splits (`collect`), in pieces that a stopped audit finds again
+    collect     one pass over the split, the training split and the other test splits (`collect`), in pieces that can be resumed
     probe       pictures with exchanged backgrounds and covered regions (`collect_probe`)
     measure     the sections (`audit_*`), from what was collected alone
     find        the findings (`findings`), from the record alone
@@ -33,11 +33,11 @@ from dotcbm.report.audit_places import detection_sweeps, part_rows, place_figure
 from dotcbm.report.audit_settings import AuditSettings, Depth
 from dotcbm.report.audit_shortcut import shortcut
 from dotcbm.report.audit_tools import Gathered, Section
-from dotcbm.report.collect import audited_rows, collect, pictures_digest
+from dotcbm.report.collect import Columns, audited_rows, collect, pictures_digest
 from dotcbm.report.collect_probe import occlude, plan_occlusion, plan_swap, swap
 from dotcbm.report.collect_store import Store, digest, weights_digest
 from dotcbm.report.findings import find_all, summary
-from dotcbm.report.record import FORMAT, AuditRecord
+from dotcbm.report.record import FORMAT, AuditRecord, ModelCard
 
 __all__ = ["AuditSettings", "Depth", "audit"]
 
@@ -47,7 +47,7 @@ def audit(
     data: ConceptDataModule,
     *,
     split: str = "test",
-    settings: AuditSettings = AuditSettings(),
+    settings: AuditSettings | None = None,
     resume_dir: Path | None = None,
     title: str | None = None,
     data_licence: str | None = None,
@@ -61,7 +61,7 @@ def audit(
         model: In any mode, on any device; its mode is restored.
         data: Its features are cached where it has a cache folder. Its other test splits (`evaluate_splits`) are measured too.
         split: What is audited.
-        settings: How much, and the seed.
+        settings: How much, and the seed; `AuditSettings()` by default.
         resume_dir: Folder for what is measured on the way; a stopped audit goes on from there. It is emptied at the end.
         title: Of the report.
         data_licence, encoder_licence: For the model card, as far as known.
@@ -71,6 +71,7 @@ def audit(
     Raises:
         ValueError: The data has no such split, or model and data have other concepts or classes.
     """
+    settings = settings or AuditSettings()
     _check(model, data, split)
     data.use_encoder(model.encoder)
     others = tuple(name for name in data.evaluate_splits if name not in (split, "train", "val"))
@@ -78,9 +79,8 @@ def audit(
     store = Store(resume_dir, key=key)
     with _progress(console) as stage:
         gathered = _gather(model, data, split, others, settings, store, stage)
-    record = _record(gathered, title=title or f"{type(model.bottleneck).__name__} on {split}")
     card = model_card(gathered, data_licence=data_licence, encoder_licence=encoder_licence, training=training)
-    record = replace(record, card=card)
+    record = _record(gathered, card, title=title or f"{type(model.bottleneck).__name__} on {split}")
     if settings.depth == "full":
         errors, rest = chosen_pictures(gathered)
         made = partial(cards, gathered, read_on=card.head_on)
@@ -98,7 +98,7 @@ Stage = Callable[[str, int], Callable[[int], None]]
 def _gather(
     model: ConceptModel, data: ConceptDataModule, split: str, others: tuple[str, ...], settings: AuditSettings, store: Store, stage: Stage
 ) -> Gathered:
-    def split_columns(name: str, *, places: bool):
+    def split_columns(name: str, *, places: bool) -> Columns:
         dataset = data.dataset(name)
         num = len(dataset) if name in ("train", "val") else len(audited_rows(len(dataset), settings=settings))
         return collect(model, data, split=name, settings=settings, store=store, places=places, advance=stage(name, num))
@@ -121,8 +121,8 @@ def _gather(
     )
 
 
-def _record(g: Gathered, *, title: str) -> AuditRecord:
-    """Everything but cards, findings and the model card."""
+def _record(g: Gathered, card: ModelCard, *, title: str) -> AuditRecord:
+    """Everything but cards and findings."""
     section = Section()
     section.extend(class_figures(g))
     concepts, auroc = concept_figures(g)
@@ -145,7 +145,7 @@ def _record(g: Gathered, *, title: str) -> AuditRecord:
         title=title,
         class_names=g.model.concepts.class_names,
         summary="",
-        card=model_card(g, data_licence=None, encoder_licence=None, training=()),
+        card=card,
         findings=(),
         figures=tuple(section.figures),
         absent=tuple(section.absent),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -22,6 +23,8 @@ from dotcbm.report.collect_probe import explaining_map
 from dotcbm.report.record import PictureCard, PictureColumns, ShownConcept, Thumbnail
 
 __all__ = ["cards", "chosen_pictures", "head_on", "jpeg", "picture_columns", "thumbnails"]
+
+HeadOn = Literal["probability", "logit", "other", "none"]
 
 _DRAWN = 0xCA2D  # separates the random cards from the other uses of the seed
 _SHOWN_CONCEPTS, _SHOWN_CLASSES = 12, 5
@@ -56,15 +59,16 @@ def chosen_pictures(g: Gathered) -> tuple[list[tuple[int, str]], list[tuple[int,
     return errors, [*((n, "least sure") for n in unsure), *((n, "drawn at random") for n in random)]
 
 
-def head_on(model: ConceptModel, concept_logit_BM: Tensor, context_BX: Tensor | None) -> str:
+def head_on(model: ConceptModel, concept_logit_BM: Tensor, context_BX: Tensor | None) -> HeadOn:
     """What the class logits are linear in, concept by concept: "probability", "logit", "other"; "none" for a black box.
 
     Found by trying it: with all other concepts as they are, the middle of two values must give the middle of two answers.
     """
     if not model.bottleneck.reads_concepts:
         return "none"
-    probability = torch.tensor([0.2, 0.5, 0.8])
-    for name, values in (("probability", torch.logit(probability)), ("logit", torch.tensor([-1.5, 0.0, 1.5]))):
+    probability = torch.tensor([0.5, 0.7, 0.9])  # not around 0.5, about which the two would look alike
+    tried: tuple[tuple[HeadOn, Tensor], ...] = (("probability", torch.logit(probability)), ("logit", torch.tensor([-1.5, 0.0, 1.5])))
+    for name, values in tried:
         answers = [_set_all(model, concept_logit_BM, context_BX, float(value)) for value in values]
         spread = float((answers[2] - answers[0]).abs().max())
         if spread > 0 and float((answers[0] + answers[2] - 2 * answers[1]).abs().max()) <= 1e-3 * spread:
@@ -123,8 +127,8 @@ def cards(g: Gathered, chosen: Sequence[tuple[int, str]], *, read_on: str) -> tu
                     grid=output.grid,
                     region=_region(model, picture),
                     classes=tuple(classes),
-                    class_logits=tuple(rounded(class_logit_K[k], 4) or 0.0 for k in classes),
-                    rest=rounded(class_logit_K[others].logsumexp(0), 4) if others else None,
+                    class_logits=tuple(rounded(class_logit_K[k]) or 0.0 for k in classes),
+                    rest=rounded(class_logit_K[others].logsumexp(0)) if others else None,
                     concepts=concepts,
                 )
             )
@@ -155,10 +159,10 @@ def _shown_concepts(g: Gathered, n: int, classes: list[int], *, map_LM: Tensor |
         shown.append(
             ShownConcept(
                 concept=j,
-                probability=rounded(torch.tensor(logit).sigmoid(), 5) or 0.0,
+                probability=rounded(torch.tensor(logit).sigmoid()) or 0.0,
                 truth=None if truth != truth else int(truth),
-                contribution=rounded(contribution_M[j], 4) or 0.0,
-                logit=rounded(logit, 4) or 0.0,
+                contribution=rounded(contribution_M[j]) or 0.0,
+                logit=rounded(logit) or 0.0,
                 heat=() if map_LM is None else _heat(map_LM[:, j]),
                 slope_K=_slopes(g.model, logit_1M, context, j, classes, read_on=read_on),
             )
@@ -187,7 +191,7 @@ def _slopes(
     context_2X = None if context is None else context.repeat(2, *([1] * (context.ndim - 1)))
     answer_2K = model.bottleneck.classify(changed_2M, context_2X).double().cpu()
     slope_K = (answer_2K[1] - answer_2K[0]) / step
-    return tuple(rounded(slope_K[k], 5) or 0.0 for k in classes)
+    return tuple(rounded(slope_K[k]) or 0.0 for k in classes)
 
 
 def thumbnails(g: Gathered) -> tuple[Thumbnail, ...]:
@@ -227,7 +231,7 @@ def picture_columns(g: Gathered, hit_NM: Tensor | None, prior_NM: Tensor | None)
         confidence=tuple(rounded(value) or 0.0 for value in confidence_N.tolist()),
         true_probability=tuple(rounded(value) or 0.0 for value in true_N.tolist()),
         group=() if columns.group_N is None else tuple(columns.group_N.tolist()),
-        concept_probability=tuple(tuple(rounded(value, 5) or 0.0 for value in row) for row in columns.concept_NM.tolist()),
+        concept_probability=tuple(tuple(rounded(value) or 0.0 for value in row) for row in columns.concept_NM.tolist()),
         concept_truth=tuple(tuple(None if value != value else int(value) for value in row) for row in columns.truth_NM.tolist()),
         pointing_hits=hits(hit_NM),
         pointing_pairs=counted,

@@ -109,7 +109,7 @@ def _speaking(g: Gathered, rows: Tensor, class_index: int) -> tuple[tuple[tuple[
 
     def chosen(sign: int) -> tuple[tuple[str, float], ...]:
         order = (sign * mean_M).argsort(descending=True, stable=True)[:_SPEAKING].tolist()
-        return tuple((names[j], rounded(mean_M[j], 4) or 0.0) for j in order if sign * mean_M[j] > 0)
+        return tuple((names[j], rounded(mean_M[j]) or 0.0) for j in order if sign * mean_M[j] > 0)
 
     return chosen(1), chosen(-1)
 

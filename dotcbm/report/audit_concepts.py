@@ -26,7 +26,7 @@ _CELLS = 4_000_000  # draws times pictures at once
 
 
 def auroc_draws(score_NM: Tensor, truth_NM: Tensor, *, num_draws: int, seed: int) -> Tensor:
-    """(D, M) float64 AUROC of each concept over pictures drawn with replacement, the same pictures for all concepts; NaN where undefined."""
+    """(D, M) float64 AUROC of each concept of pictures drawn with replacement, the same for all concepts; NaN where undefined."""
     n, m = score_NM.shape
     drawn = torch.Generator().manual_seed(seed)
     count_DN = torch.stack([torch.bincount(torch.randint(n, (n,), generator=drawn), minlength=n) for _ in range(num_draws)]).double()

@@ -76,7 +76,9 @@ def _sparse(g: Gathered, random_nM: Tensor, random_NM: Tensor) -> list[Figure]:
     label_n = g.train.label_N
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a path that ends early is not the audited model's fault
-        path, random_path = (fit_path(x, label_n, num_classes=k) for x in (g.train.concept_NM, random_nM))
+        path, random_path = (
+            fit_path(x, label_n, num_classes=k, num_strengths=g.settings.num_strengths) for x in (g.train.concept_NM, random_nM)
+        )
     levels = {level: _correct(path.at(level), g.columns.concept_NM, g.columns) for level in ANEC_LEVELS}
     random_levels = {level: _correct(random_path.at(level), random_NM, g.columns) for level in ANEC_LEVELS}
     scores, random_scores = (anec({level: float(hit.mean()) for level, hit in each.items()}) for each in (levels, random_levels))

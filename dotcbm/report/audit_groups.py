@@ -5,6 +5,8 @@ N pictures, G groups.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,17 +25,17 @@ def group_names(g: Gathered) -> dict[int, str]:
     group_N, label_N = g.columns.group_N, g.columns.label_N
     if group_N is None:
         return {}
-    known: tuple[str, ...] = ()
+    known_names: Sequence[str] = ()
     source = type(g.data.source).__name__
     if source == "Waterbirds":
         from dotcbm.data.waterbirds import GROUP_NAMES
 
-        known = GROUP_NAMES
+        known_names = GROUP_NAMES
     names: dict[int, str] = {}
     for number in group_N.unique().tolist():
         labels = label_N[group_N == number].unique().tolist()
-        if number < len(known):
-            names[number] = known[number]
+        if number < len(known_names):
+            names[number] = known_names[number]
         elif len(labels) == 1 and source == "Synthetic":
             from dotcbm.data.synthetic import SCENES
 

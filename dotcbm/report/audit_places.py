@@ -166,7 +166,7 @@ def _detection(g: Gathered, name: str) -> list[Figure]:
                     rounded(pcp_control.nanmean(0).nanmean()), n=int((~pcp_control.isnan()).sum()), over="visible groups of parts"
                 ),
                 control_label=g.control_label,
-                note="APN protocol: boxes of 1 / 1.4 of the bird around peak and nearest key point, right above IoU 0.5, mean over 7 groups.",
+                note="APN protocol: boxes of 1 / 1.4 of the bird around peak and nearest key point, right above IoU 0.5.",
             )
         )
     return figures

@@ -20,9 +20,10 @@ class AuditSettings:
         limit: Audit only this many pictures of the split, drawn with the seed; None for all.
         num_draws: Bootstrap resamples of each interval; percentiles of 1,000 move by less than a tenth of the interval's width.
         num_occluded: Pictures of the occlusion test. Each costs two passes through the encoder, 0.15 s each at 448 px.
-        num_swapped: Pictures of the background swap, two passes each.
+        num_swapped: Pictures of the background swap, two passes each. 150 birds left open what 300 decide.
         num_errors, num_unsure, num_drawn: Picture cards of mistakes, of the least sure pictures, and of pictures drawn at random.
         num_thumbnails: Pictures of the grid.
+        num_strengths: Steps of the elastic-net paths that heads of few concepts are cut from.
         num_shown: Concepts that are drawn; the tables hold all.
         chunk: Pictures between two savings of an audit that can be resumed.
     """
@@ -32,12 +33,13 @@ class AuditSettings:
     limit: int | None = None
     num_draws: int = 1000
     num_occluded: int = 100
-    num_swapped: int = 150
+    num_swapped: int = 300
     num_errors: int = 24
     num_unsure: int = 8
     num_drawn: int = 12
     num_thumbnails: int = 600
     num_shown: int = 32
+    num_strengths: int = 50
     chunk: int = 128
 
     def __post_init__(self) -> None:
@@ -45,7 +47,7 @@ class AuditSettings:
             raise ValueError(f"depth is {self.depth!r}; choose 'full' or 'figures' (no picture cards)")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit is {self.limit}; an audit needs at least one picture")
-        for name in ("num_draws", "chunk"):
+        for name in ("num_draws", "num_strengths", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for entry in fields(self):

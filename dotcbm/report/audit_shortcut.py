@@ -19,7 +19,7 @@ from dotcbm.report.background_probe import probe_background
 from dotcbm.report.collect_probe import Swap
 from dotcbm.report.record import Absence, Figure, Interval, Suspect, Verdict
 
-__all__ = ["CONCEPT_FALL", "CLASS_PREFIX", "Shortcut", "shortcut"]
+__all__ = ["CLASS_PREFIX", "CONCEPT_FALL", "Shortcut", "shortcut"]
 
 CONCEPT_FALL = 0.05
 """A concept is carried by the background if its fall beyond the control's is surely above 0 and at least this large."""
@@ -27,7 +27,7 @@ CONCEPT_FALL = 0.05
 CLASS_PREFIX = "suspects/swap_fall_class/"
 
 _MOST, _LEAST, _LEAST_SWAPPED = 20, 3, 8  # suspects listed; pictures a pair needs; swapped pictures a pair's own verdict needs
-_CLASSES = 5  # classes whose own fall is reported
+_CLASSES, _LEAST_OF_CLASS = 5, 5  # classes whose own fall is reported, and the swapped pictures that this takes
 _NO_MASKS = "the data has no masks of the object: its background cannot be exchanged"
 
 
@@ -152,7 +152,7 @@ def _swap_figures(g: Gathered, swap: Swap) -> list[Figure]:
     falls: list[tuple[float, int, Tensor]] = []
     for label in label_S.unique().tolist():
         mine_S = label_S == label
-        if int(mine_S.sum()) >= _LEAST:
+        if int(mine_S.sum()) >= _LEAST_OF_CLASS:
             falls.append((float((same_S - other_S)[mine_S].mean()), label, mine_S))
     for _, label, mine_S in sorted(falls, key=lambda fall: (-fall[0], fall[1]))[:_CLASSES]:
         name = g.model.concepts.class_names[label]

@@ -59,8 +59,10 @@ class Gathered:
 
     @property
     def control_name(self) -> str:
-        """The best map that knows no concept: the patch prior, or the centre for models without one."""
-        return "prior" if any(key.endswith("/prior") for key in self.columns.places) else "centre"
+        """The best map that knows no concept: the patch prior, or the centre for models without one, or with one that is flat."""
+        theta_NL = self.columns.theta_NL
+        flat = theta_NL is None or float((theta_NL.amax(1) - theta_NL.amin(1)).max()) < 1e-6
+        return "centre" if flat else "prior"
 
     @property
     def control_label(self) -> str:
@@ -87,11 +89,11 @@ def known(value: float) -> bool:
 
 
 def rounded(value: float | Tensor | None, digits: int = 6) -> float | None:
-    """A figure for the record: so many digits after the point, None for NaN and infinity. -0.0 becomes 0.0."""
+    """A figure for the record: so many significant digits, as the file has them; None for NaN and infinity. -0.0 becomes 0.0."""
     if value is None:
         return None
     number = float(value)
-    return round(number, digits) + 0.0 if known(number) else None
+    return float(f"{number:.{digits}g}") + 0.0 if known(number) else None
 
 
 def interval(triple: tuple[float, float, float], *, n: int, over: str = "pictures") -> Interval:

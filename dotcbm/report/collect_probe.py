@@ -118,7 +118,9 @@ def swap(
             sample = dataset.sample(int(columns.row_N[n]))
             for donor in (same, other):
                 lent = dataset.sample(int(columns.row_N[donor]))
-                assert sample.image is not None and sample.foreground_HW is not None and lent.image is not None
+                assert sample.image is not None
+                assert sample.foreground_HW is not None
+                assert lent.image is not None
                 picture = swap_background(sample.image, sample.foreground_HW, lent.image, lent.foreground_HW)
                 samples.append(replace(sample, image=picture))
         class_logit, concept = _shown(model, samples)
@@ -179,7 +181,8 @@ def occlude(
             sample = prepare_sample(dataset.sample(row), preprocessing=model.preprocessing)
             plain = _output(model, [sample])
             map_BNM = explaining_map(plain)
-            assert map_BNM is not None and sample.image is not None
+            assert map_BNM is not None
+            assert sample.image is not None
             map_HW = map_BNM[0, :, concept].unflatten(0, plain.grid)
             hot_HW = region_of(map_HW)
             cold_HW = random_region(hot_HW, seed=mix_seed(settings.seed, _OCCLUDE, row, concept))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dotcbm.report.findings_concepts import CONCEPT_RULES
-from dotcbm.report.findings_rule import find, listed, points
+from dotcbm.report.findings_rule import LEAST, find, listed, points
 from dotcbm.report.findings_shortcut import SHORTCUT_RULES
 from dotcbm.report.record import AuditRecord, Finding, Interval
 
@@ -64,7 +64,7 @@ def _worst_group(record: AuditRecord) -> list[Finding]:
             "groups/worst",
             "warning",
             f"{name} is recognised far less often than the other pictures.",
-            "Accuracy on the worst sub-population of the data. It is the worst of several, so look at its interval and at the group's size.",
+            "Accuracy on the worst sub-population of the data. It is the worst of several: look at its interval and at its size.",
             figure.value,
             "percent",
             round(threshold, 6),
@@ -110,7 +110,7 @@ def _weak_classes(record: AuditRecord) -> list[Finding]:
 def _calibration(record: AuditRecord) -> list[Finding]:
     figure, error = find(record, "classes/overconfidence"), find(record, "classes/calibration_error")
     found: list[Finding] = []
-    if figure is not None and figure.value.low is not None and figure.value.low > _SURE:
+    if figure is not None and figure.value.n >= LEAST and figure.value.low is not None and figure.value.low > _SURE:
         found.append(
             Finding(
                 "classes/overconfident",
@@ -125,7 +125,7 @@ def _calibration(record: AuditRecord) -> list[Finding]:
                 section="classes",
             )
         )
-    if error is not None and error.value.high is not None and error.value.high < _CALIBRATED:
+    if error is not None and error.value.n >= LEAST and error.value.high is not None and error.value.high < _CALIBRATED:
         found.append(
             Finding(
                 "classes/calibrated",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
-from dotcbm.report.findings_rule import find, listed, points
-from dotcbm.report.record import AuditRecord, Finding, Interval, Severity, Unit, Verdict
+from dotcbm.report.findings_rule import LEAST, find, listed, points
+from dotcbm.report.record import AuditRecord, Finding, Interval, Section, Severity, Unit, Verdict
 
 __all__ = ["CONCEPT_RULES"]
 
@@ -14,28 +14,31 @@ _POINTS_AT, _FAITHFUL = 0.05, 0.02  # gains that are surely above these are pass
 _LEAK, _TIGHT = 0.05, 0.02
 _STEP_DOWN, _IGNORED, _ROOM = 0.01, 0.2, 0.05
 _RANDOM = 0.05
+_GOOD: Severity = "good"
+_NOTE: Severity = "note"
 _RESIDUAL = 0.01  # share of the mass that may be misplaced
 
 
 def _gain(
-    record: AuditRecord, key: str, name: str, *, bad: tuple[str, Severity], good: str, detail: str, passed: float, section: str
+    record: AuditRecord, key: str, name: str, *, bad: tuple[str, Severity], good: str, detail: str, passed: float, section: Section
 ) -> list[Finding]:
     """A difference to a control that should be above 0: bad if it is not surely so, good if it is surely above `passed`."""
     figure = find(record, key)
-    if figure is None or figure.value.low is None or figure.value.high is None:
+    if figure is None or figure.value.low is None or figure.value.high is None or figure.value.n < LEAST:
         return []
     if figure.value.low > passed:
-        title, severity, threshold, rule = good, "good", passed, f"lower end of the interval above {100 * passed:g} points"
+        title, severity, threshold, rule = good, _GOOD, passed, f"lower end of the interval above {100 * passed:g} points"
         verdict: Verdict = "confirmed"
     elif figure.value.low <= 0:
         title, severity, threshold, rule = *bad, 0.0, "lower end of the interval not above 0"
         verdict = "confirmed" if figure.value.high < passed else "open"
     else:
-        return []
+        title, severity, threshold = f"{good.removesuffix('.')}, but by {points(figure.value.value)} points only.", _NOTE, passed
+        rule, verdict = f"lower end of the interval above 0 and not above {100 * passed:g} points", "confirmed"
     return [
         Finding(
             name,
-            severity,  # pyright: ignore[reportArgumentType]
+            severity,
             title,
             f"{detail} {figure.note}".strip(),
             figure.value,
@@ -45,7 +48,7 @@ def _gain(
             Interval(0.0),
             "no difference to the control",
             verdict,
-            section,  # pyright: ignore[reportArgumentType]
+            section,
         )
     ]
 
@@ -70,7 +73,7 @@ def _faithfulness(record: AuditRecord) -> list[Finding]:
         "concepts/occlusion",
         bad=("Covering the region that a map highlights changes its concept no more than covering a random region.", "warning"),
         good="Concepts fall when the region that their map highlights is covered, and not for a random region.",
-        detail="Fall of a present concept's probability when its hottest region is covered, minus that for a random region of the same size.",
+        detail="Fall of a present concept when its hottest region is covered, minus the fall for a random region of the same size.",
         passed=_FAITHFUL,
         section="concepts",
     )
@@ -87,6 +90,32 @@ def _random_concepts(record: AuditRecord) -> list[Finding]:
         passed=_RANDOM,
         section="controls",
     )
+
+
+def _detection(record: AuditRecord) -> list[Finding]:
+    """The boxes of the model's own map against those of the control."""
+    found = [f for f in record.figures if f.key.startswith("parts/detection_correct_") and f.control is not None]
+    if not found or found[0].value.n < LEAST:
+        return []
+    figure, control = found[0], found[0].control
+    if figure.value.high is None or control is None or control.value is None or figure.value.high >= control.value:
+        return []
+    return [
+        Finding(
+            "localization/detection",
+            "warning",
+            f"Boxes around the maps find parts less often than boxes around {figure.control_label}.",
+            figure.note + " The sweep shows other thresholds.",
+            figure.value,
+            "percent",
+            control.value,
+            "upper end of the interval below the control's figure",
+            control,
+            figure.control_label,
+            "confirmed",
+            "parts",
+        )
+    ]
 
 
 def _chance(record: AuditRecord) -> list[Finding]:
@@ -173,9 +202,10 @@ def _leakage(record: AuditRecord) -> list[Finding]:
     figure, ctl = find(record, "concepts/leakage_excess"), find(record, "concepts/leakage_ctl")
     if figure is None or ctl is None or figure.value.low is None or figure.value.high is None:
         return []
+    control = (ctl.control.value if ctl.control else None) or 0.0
     detail = (
-        f"Mean over concepts of what a prediction says of the class beyond what its truth does, in shares of the class's entropy, minus the "
-        f"same after shuffling within the truth ({ctl.value.value:.3f} against {(ctl.control.value if ctl.control else None) or 0.0:.3f})."
+        f"Mean over concepts of what a prediction says of the class beyond what its truth does, in shares of the class's entropy, "
+        f"minus the same after shuffling within the truth ({ctl.value.value:.3f} against {control:.3f})."
     )
     common: tuple[Interval, Unit] = (figure.value, "number")
     if figure.value.low > _LEAK:
@@ -210,7 +240,7 @@ def _interventions(record: AuditRecord) -> list[Finding]:
                 section="interventions",
             )
         ]
-    if fall is None or gain is None or accuracy is None:
+    if fall is None or gain is None or accuracy is None or gain.value.n < LEAST:
         return []
     if fall.value.low is not None and fall.value.low > _STEP_DOWN:
         return [
@@ -291,6 +321,7 @@ CONCEPT_RULES: tuple[Callable[[AuditRecord], list[Finding]], ...] = (
     _localisation,
     _faithfulness,
     _random_concepts,
+    _detection,
     _chance,
     _never,
     _duplicates,

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dotcbm.report.record import AuditRecord, Figure
 
-__all__ = ["find", "listed", "points"]
+__all__ = ["LEAST", "find", "listed", "points"]
+
+
+LEAST = 30
+"""What a rule must have counted: a bootstrap of a few equal values has an interval of width 0 and proves nothing."""
 
 
 def find(record: AuditRecord, key: str) -> Figure | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dotcbm.report.audit_shortcut import CLASS_PREFIX
-from dotcbm.report.findings_rule import find, listed, points
+from dotcbm.report.findings_rule import LEAST, find, listed, points
 from dotcbm.report.record import AuditRecord, Figure, Finding, Interval
 
 __all__ = ["SHORTCUT_FALL", "SHORTCUT_RULES"]
@@ -25,7 +25,7 @@ _MOST_NAMED = 3
 
 def _background(record: AuditRecord) -> list[Finding]:
     fall, sharp = find(record, "suspects/swap_fall"), find(record, "suspects/swap_fall_99")
-    if fall is None or sharp is None:
+    if fall is None or sharp is None or fall.value.n < LEAST:
         return []
     detail = _experiment(record, fall, sharp)
     if sharp.value.low is not None and sharp.value.low > SHORTCUT_FALL:
@@ -66,7 +66,23 @@ def _background(record: AuditRecord) -> list[Finding]:
                 "suspects",
             )
         ]
-    return []
+    return [
+        Finding(
+            "shortcut/open",
+            "note",
+            f"The background swap cannot tell whether the model reads the background ({points(fall.value.value)} points).",
+            f"{detail} Swap more pictures to decide it.",
+            fall.value,
+            "points",
+            SHORTCUT_FALL,
+            f"neither the lower end of the 99 % interval above {100 * SHORTCUT_FALL:g} points nor the upper end of the 95 % interval "
+            f"below {100 * _PASSED:g}",
+            fall.control,
+            fall.control_label,
+            "open",
+            "suspects",
+        )
+    ]
 
 
 def _experiment(record: AuditRecord, fall: Figure, sharp: Figure) -> str:
@@ -92,7 +108,7 @@ def _leaning(record: AuditRecord) -> tuple[tuple[str, ...], tuple[str, ...]]:
     classes = [
         figure.key.removeprefix(CLASS_PREFIX)
         for figure in record.figures
-        if figure.key.startswith(CLASS_PREFIX) and (figure.value.value or 0.0) >= _LEAST_CLASS_FALL
+        if figure.key.startswith(CLASS_PREFIX) and (figure.value.value or 0.0) >= _LEAST_CLASS_FALL and (figure.value.low or 0.0) > 0
     ]
     confirmed = [suspect for suspect in record.suspects if suspect.verdict == "confirmed"]
 
