@@ -5,8 +5,6 @@ N pictures, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -25,7 +23,7 @@ def group_names(g: Gathered) -> dict[int, str]:
     group_N, label_N = g.columns.group_N, g.columns.label_N
     if group_N is None:
         return {}
-    known_names: Sequence[str] = ()
+    known_names = tuple[str, ...]()
     source = type(g.data.source).__name__
     if source == "Waterbirds":
         from dotcbm.data.waterbirds import GROUP_NAMES

@@ -72,17 +72,17 @@ def _figure(g: Gathered, key: str, label: str, value_NM: Tensor, control_NM: Ten
 
 def _pointing(g: Gathered, name: str) -> list[Figure]:
     places, figures = g.columns.places, list[Figure]()
-    distance_NM, control_NM = places.get(f"distance/{name}"), places.get(f"distance/{g.control_name}")
-    if distance_NM is not None and control_NM is not None:
-        for radius in RADII:
-            hits = (torch.where(value.isnan(), torch.nan, (value <= radius).double()) for value in (distance_NM, control_NM))
-            note = "Peak of the map within so many diagonals of a visible key point of the concept's part, where the concept is there."
-            figures.append(_figure(g, f"parts/pointing_{radius:g}_{name}", f"Pointing of the {name}, r = {radius:g}", *hits, note=note))
     inside_NM = places.get(f"in_mask/{name}")
     if inside_NM is not None:
         note = "Peak of the map on the exact mask of the concept's part, where the concept is there and the part visible."
         control = places.get(f"in_mask/{g.control_name}")
         figures.append(_figure(g, f"parts/pointing_mask_{name}", f"Peak of the {name} on the part", inside_NM, control, note=note))
+    distance_NM, control_NM = places.get(f"distance/{name}"), places.get(f"distance/{g.control_name}")
+    if distance_NM is not None and control_NM is not None:
+        for radius in reversed(RADII):
+            hits = (torch.where(value.isnan(), torch.nan, (value <= radius).double()) for value in (distance_NM, control_NM))
+            note = "Peak of the map within so many diagonals of a visible key point of the concept's part, where the concept is there."
+            figures.append(_figure(g, f"parts/pointing_{radius:g}_{name}", f"Pointing of the {name}, r = {radius:g}", *hits, note=note))
     return figures
 
 
