@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,7 +20,7 @@ from dotcbm.explain.heatmaps import visible_region
 from dotcbm.models.concept_model import ConceptModel
 from dotcbm.report.audit_tools import Gathered, rounded
 from dotcbm.report.collect import evaluating, run
-from dotcbm.report.collect_probe import explaining_map
+from dotcbm.report.collect_maps import explaining_map
 from dotcbm.report.record import PictureCard, PictureColumns, ShownConcept, Thumbnail
 
 __all__ = ["cards", "chosen_pictures", "head_on", "jpeg", "picture_columns", "thumbnails"]
@@ -105,8 +106,7 @@ def cards(g: Gathered, chosen: Sequence[tuple[int, str]], *, read_on: str) -> tu
     with evaluating(model):
         for n, why in chosen:
             row = int(g.columns.row_N[n])
-            output = run(model, rows[[(row, 0)]].to(device))[0]
-            map_BNM = explaining_map(output)
+            output, features = run(model, rows[[(row, 0)]].to(device))
             picture = dataset.sample(row, masks=False).image
             assert picture is not None
             image, (width, height) = jpeg(picture, side=_SIDE, quality=_QUALITY)
@@ -116,7 +116,8 @@ def cards(g: Gathered, chosen: Sequence[tuple[int, str]], *, read_on: str) -> tu
             if label not in classes:
                 classes[-1] = label
             others = [k for k in range(len(class_logit_K)) if k not in classes]
-            concepts = _shown_concepts(g, n, classes, map_LM=None if map_BNM is None else map_BNM[0], read_on=read_on)
+            maps_of = partial(explaining_map, model, features, output)
+            concepts = _shown_concepts(g, n, classes, maps_of=maps_of, read_on=read_on)
             made.append(
                 PictureCard(
                     row=n,
@@ -140,8 +141,10 @@ def _region(model: ConceptModel, picture_3HW: Tensor) -> tuple[float, float, flo
     return round(x0, 5), round(y0, 5), round(x1, 5), round(y1, 5)
 
 
-def _shown_concepts(g: Gathered, n: int, classes: list[int], *, map_LM: Tensor | None, read_on: str) -> tuple[ShownConcept, ...]:
-    """The concepts that contribute most to the predicted class, for or against."""
+def _shown_concepts(
+    g: Gathered, n: int, classes: list[int], *, maps_of: Callable[..., tuple[str, Tensor] | None], read_on: str
+) -> tuple[ShownConcept, ...]:
+    """The concepts that contribute most to the predicted class, for or against; `maps_of` gives the maps of those."""
     if not g.reads_concepts:
         return ()
     columns, bottleneck = g.columns, g.model.bottleneck
@@ -152,8 +155,9 @@ def _shown_concepts(g: Gathered, n: int, classes: list[int], *, map_LM: Tensor |
     logit_1M = columns.concept_logit_NM[rows].to(device)
     contribution_M = bottleneck.contributions(logit_1M, context)[0, classes[0]].cpu()
     order = contribution_M.abs().argsort(descending=True, stable=True)[:_SHOWN_CONCEPTS].tolist()
+    found = maps_of(concepts=order)
     shown: list[ShownConcept] = []
-    for j in order:
+    for place, j in enumerate(order):
         truth = float(columns.truth_NM[n, j])
         logit = float(columns.concept_logit_NM[n, j])
         shown.append(
@@ -163,7 +167,7 @@ def _shown_concepts(g: Gathered, n: int, classes: list[int], *, map_LM: Tensor |
                 truth=None if truth != truth else int(truth),
                 contribution=rounded(contribution_M[j]) or 0.0,
                 logit=rounded(logit) or 0.0,
-                heat=() if map_LM is None else _heat(map_LM[:, j]),
+                heat=() if found is None else _heat(found[1][0, :, place]),
                 slope_K=_slopes(g.model, logit_1M, context, j, classes, read_on=read_on),
             )
         )

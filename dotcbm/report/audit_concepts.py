@@ -16,7 +16,7 @@ from dotcbm.metrics.concepts import (
     concept_f1,
 )
 from dotcbm.metrics.leakage import LeakageFigures, measure_leakage
-from dotcbm.report.audit_tools import PAIRS, Gathered, Section, difference, mean, mean_of_pairs, rounded
+from dotcbm.report.audit_tools import NEAR, PAIRS, Gathered, Section, difference, mean, mean_of_pairs, rounded
 from dotcbm.report.record import Absence, ConceptRow, Figure, Interval
 
 __all__ = ["auroc_draws", "concept_figures", "concept_rows", "leakage_figures", "occlusion_figures"]
@@ -250,7 +250,7 @@ def pointing_columns(g: Gathered, name: str | None) -> Tensor | None:
         return places[f"in_mask/{name}"].double()
     if f"distance/{name}" in places:
         distance_NM = places[f"distance/{name}"]
-        return torch.where(distance_NM.isnan(), torch.nan, (distance_NM <= 0.1).double())
+        return torch.where(distance_NM.isnan(), torch.nan, (distance_NM <= NEAR).double())
     return None
 
 

@@ -20,7 +20,7 @@ RADII = (0.01, 0.02, 0.05, 0.1)
 """Shares of the picture's diagonal within which a peak counts as on a key point."""
 
 _PAPER = THRESHOLDS.index(0.6)
-_MAPS = ("plan", "lift", "evidence")
+_MAPS = ("plan", "lift", "evidence", "gradcam")
 _NOT_PLACED = "the data has neither key points nor part masks; give parts to measure where concepts are read"
 
 
@@ -29,7 +29,7 @@ def place_figures(g: Gathered) -> Section:
     section, places = Section(), g.columns.places
     own = [name for name in _MAPS if g.columns.has_maps and any(key.endswith(f"/{name}") for key in places)]
     if not g.columns.has_maps:
-        reason = "the model has no maps: its concepts are no sums over patches, and it transports nothing"
+        reason = "the model claims no concepts, so there are no maps of them"
         section.absent.append(Absence("parts", "where the maps point", reason))
         return section
     if not g.columns.maps("distance") and not g.columns.maps("in_mask"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,12 +18,23 @@ from dotcbm.metrics.intervals import bootstrap, bootstrap_mean, paired_bootstrap
 from dotcbm.models.concept_model import ConceptModel
 from dotcbm.report.audit_settings import AuditSettings
 from dotcbm.report.collect import Columns
+from dotcbm.report.collect_maps import MAPS
 from dotcbm.report.collect_probe import Occlusion, Swap
 from dotcbm.report.record import Absence, Figure, Interval
 
-__all__ = ["PAIRS", "Gathered", "Section", "difference", "known", "mean", "pair_means", "rounded", "share", "statistic"]
+__all__ = ["NEAR", "PAIRS", "Gathered", "Section", "difference", "known", "mean", "pair_means", "rounded", "share", "statistic"]
 
 PAIRS = "pairs of picture and concept"
+
+NEAR = 0.1
+"""Diagonals of the picture within which a peak is at a key point, where there are no masks (`pointing` of the concepts' table)."""
+
+_KNOW_NOTHING = {
+    "prior": "the patch prior alone",
+    "saliency": "the norm of the encoder's features",
+    "centre": "the centre of the picture",
+}
+"""Maps that are the same for all concepts, and what they are."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +67,32 @@ class Gathered:
     def map_name(self) -> str | None:
         """The map that the model offers as its explanation."""
         present = {key.partition("/")[2] for key in self.columns.places}
-        return next((name for name in ("plan", "evidence") if name in present), None)
+        return next((name for name in MAPS if name in present), None)
 
-    @property
+    @cached_property
     def control_name(self) -> str:
-        """The best map that knows no concept: the patch prior, or the centre for models without one, or with one that is flat."""
-        theta_NL = self.columns.theta_NL
-        flat = theta_NL is None or float((theta_NL.amax(1) - theta_NL.amin(1)).max()) < 1e-6
-        return "centre" if flat else "prior"
+        """The best of the maps that know no concept: the patch prior, the saliency of the features, or the centre of the picture.
+
+        The best is the one that points at parts most often; without parts, the one with the largest share on the object.
+        """
+        places, scores = self.columns.places, dict[str, float]()
+        for name in _KNOW_NOTHING:
+            if f"in_mask/{name}" in places:
+                hit_NM = places[f"in_mask/{name}"]
+            elif f"distance/{name}" in places:
+                distance_NM = places[f"distance/{name}"]
+                hit_NM = torch.where(distance_NM.isnan(), torch.nan, (distance_NM <= NEAR).float())
+            elif f"background/{name}" in places:
+                hit_NM = 1 - places[f"background/{name}"]
+            else:
+                continue
+            scores[name] = float(torch.where(self.columns.truth_NM == 1, hit_NM, torch.nan).nanmean().nan_to_num(0.0))
+        return max(_KNOW_NOTHING, key=lambda name: scores.get(name, -1.0))
 
     @property
     def control_label(self) -> str:
         """Of `control_name`, for people."""
-        return "the patch prior alone" if self.control_name == "prior" else "the centre of the picture"
+        return _KNOW_NOTHING[self.control_name]
 
 
 @dataclass
@@ -96,10 +121,10 @@ def rounded(value: float | Tensor | None, digits: int = 6) -> float | None:
     return float(f"{number:.{digits}g}") + 0.0 if known(number) else None
 
 
-def interval(triple: tuple[float, float, float], *, n: int, over: str = "pictures") -> Interval:
+def interval(triple: tuple[float, float, float], *, n: int, over: str = "pictures", level: float = 0.95) -> Interval:
     """A value with its ends as the record's interval; undefined ones are None."""
     value, low, high = (rounded(part) for part in triple)
-    return Interval(value, low, high, n, over) if value is not None else Interval(None, n=n, over=over)
+    return Interval(value, low, high, n, over, level) if value is not None else Interval(None, n=n, over=over, level=level)
 
 
 def share(hit_N: Tensor, *, over: str = "pictures") -> Interval:
@@ -143,7 +168,7 @@ def difference(
     triple = paired_bootstrap(
         a_N[both_N].double(), b_N[both_N].double(), weight_N=weight, num_draws=settings.num_draws, level=level, seed=settings.seed
     )
-    return interval(triple, n=int(both_N.sum() if weight is None else weight.sum()), over=over)
+    return interval(triple, n=int(both_N.sum() if weight is None else weight.sum()), over=over, level=level)
 
 
 def statistic(compute: Callable[[Tensor], float], n: int, *, settings: AuditSettings, over: str = "pictures") -> Interval:

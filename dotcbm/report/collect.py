@@ -19,9 +19,10 @@ from dotcbm.data.batches import Annotations, Rows, mix_seed
 from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.models.concept_model import ConceptModel
 from dotcbm.report.audit_settings import AuditSettings
-from dotcbm.report.collect_places import place_columns
+from dotcbm.report.collect_maps import explaining_map, saliency_map
+from dotcbm.report.collect_places import all_maps, place_columns
 from dotcbm.report.collect_store import Store, digest
-from dotcbm.structures import ConceptBatch, ConceptOutput
+from dotcbm.structures import ConceptBatch, ConceptOutput, PatchFeatures
 
 __all__ = ["Columns", "audited_rows", "collect", "evaluating", "pictures_digest"]
 
@@ -42,7 +43,7 @@ class Columns:
         concept_logit_NM: (N, M).
         pooled_ND: (N, D) mean of the patch features: what controls are fitted to.
         grid: (grid_h, grid_w) of the maps.
-        has_maps: Whether the model has maps of its own.
+        has_maps: Whether the model offers maps of its concepts (`dotcbm.report.collect_maps`).
         context_NX: (N, ...) `ConceptOutput.context_BX`, or None.
         group_N: (N,) sub-populations, or None.
         residual_N: (N,) transport residuals, or None.
@@ -191,30 +192,34 @@ def collect(
 def _piece(model: ConceptModel, rows: Rows, chosen: Tensor, *, settings: AuditSettings, places: bool) -> dict[str, Tensor]:
     batch = rows[[(row, 0) for row in chosen.tolist()]]
     device = next(model.bottleneck.parameters()).device
-    output, pooled_BD = run(model, batch.to(device))
+    output, features = run(model, batch.to(device))
+    found = explaining_map(model, features, output) if places else None
     piece: dict[str, Tensor] = {
         "class_logit": output.class_logit_BK.float(),
         "concept_logit": output.concept_logit_BM.float(),
-        "pooled": pooled_BD,
+        "pooled": features.patch_BND.float().mean(1).cpu(),
         "grid": torch.tensor([output.grid]),
-        "has_maps": torch.tensor([output.plan_BNM is not None or output.evidence_BNM is not None]),
+        "has_maps": torch.tensor([found is not None]),
     }
     for name, value in (("context", output.context_BX), ("residual", output.residual_B), ("theta", output.theta_BN)):
         if value is not None:
             piece[name] = value.float()
     if places:
-        piece |= place_columns(output, batch, model.concepts, row_B=chosen, seed=settings.seed)
+        maps = all_maps(output, saliency_BN=saliency_map(features), row_B=chosen, seed=settings.seed)
+        if found is not None:
+            maps.setdefault(*found)
+        piece |= place_columns(maps, output, batch, model.concepts)
     return piece
 
 
-def run(model: ConceptModel, batch: ConceptBatch) -> tuple[ConceptOutput, Tensor]:
-    """The output of a batch on the CPU, and the (B, D) mean of its patch features."""
+def run(model: ConceptModel, batch: ConceptBatch) -> tuple[ConceptOutput, PatchFeatures]:
+    """The output of a batch on the CPU, and its features where they are."""
     features = batch.features
     if features is None:
         assert batch.image_B3HW is not None
         features = model.encoder(batch.image_B3HW)
     output = model.forward_batch(replace(batch, features=features, image_B3HW=None))
-    return output.detach().to("cpu"), features.patch_BND.float().mean(1).cpu()
+    return output.detach().to("cpu"), features
 
 
 def _joined(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Where the maps of a batch point, measured while the maps are there: they are too large to keep.
 
-Columns are named "<figure>/<map>". Maps are those of `dotcbm.training.evaluation.concept_maps` and two controls, "centre" (a bump in the
-middle of the picture, for models without a patch prior) and "random" (noise, another one for each picture and concept).
+Columns are named "<figure>/<map>". Maps are those of `dotcbm.training.evaluation.concept_maps`, "gradcam" for models that have none, and
+three controls beside the prior: "saliency" (the norms of the patch features, one map for all concepts, which every encoder offers),
+"centre" (a bump in the middle of the picture) and "random" (noise, another one for each picture and concept).
 
     distance    (B, M)     from the peak to the nearest visible key point of the concept's parts, in diagonals of the picture
     in_mask     (B, M)     1 if the peak lies on a visible part of the concept, 0 if beside it
@@ -19,6 +20,8 @@ B pictures, M concepts, P parts, S groups of parts, T thresholds, N patches.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -41,35 +44,44 @@ from dotcbm.training.evaluation import concept_maps
 
 __all__ = ["CONTROLS", "all_maps", "place_columns"]
 
-CONTROLS = ("prior", "centre", "random")
-"""Maps that know nothing of concepts, the best control first."""
+CONTROLS = ("prior", "saliency", "centre", "random")
+"""Maps that know nothing of concepts."""
 
 _RANDOM = 0x4A9D  # separates the random maps from the other uses of the seed
 _WIDTH = 0.25  # deviation of the centre bump in picture sides: only mass and boxes depend on it, its peak does not
 
 
-def all_maps(output: ConceptOutput, *, row_B: Tensor, seed: int) -> dict[str, Tensor]:
-    """(B, N, M) maps by name, those of controls among them."""
+def all_maps(output: ConceptOutput, *, saliency_BN: Tensor, row_B: Tensor, seed: int) -> dict[str, Tensor]:
+    """(B, N, M) maps by name, those of controls among them.
+
+    Args:
+        output: Of the batch, on the CPU.
+        saliency_BN: (B, N) norms of the patch features.
+        row_B: Rows of the pictures, which with `seed` fix their random maps.
+        seed: Of the audit.
+    """
     maps = {name: value.float() for name, value in concept_maps(output).items()}
     b, m = output.concept_logit_BM.shape
     height, width = output.grid
     y, x = (torch.arange(height) + 0.5) / height - 0.5, (torch.arange(width) + 0.5) / width - 0.5
     centre_N = torch.exp(-(y[:, None] ** 2 + x[None] ** 2) / (2 * _WIDTH**2)).flatten()
+    maps["saliency"] = saliency_BN[..., None].expand(-1, -1, m)
     maps["centre"] = centre_N[None, :, None].expand(b, -1, m)
     noise = [torch.rand(height * width, m, generator=torch.Generator().manual_seed(mix_seed(seed, _RANDOM, row))) for row in row_B.tolist()]
     maps["random"] = torch.stack(noise)
     return maps
 
 
-def place_columns(output: ConceptOutput, batch: ConceptBatch, concepts: ConceptSet, *, row_B: Tensor, seed: int) -> dict[str, Tensor]:
+def place_columns(
+    maps: Mapping[str, Tensor], output: ConceptOutput, batch: ConceptBatch, concepts: ConceptSet
+) -> dict[str, Tensor]:  # fmt: skip
     """The columns of the head of this file for which there are annotations.
 
     Args:
+        maps: (B, N, M) by name.
         output: Of the batch, on the CPU.
         batch: With all annotations, on the CPU.
         concepts: The vocabulary.
-        row_B: Rows of the pictures, which with `seed` fix their random maps.
-        seed: Of the audit.
     """
     columns: dict[str, Tensor] = {}
     part_mask_MP = concepts.part_mask_MP()
@@ -85,7 +97,7 @@ def place_columns(output: ConceptOutput, batch: ConceptBatch, concepts: ConceptS
     groups = part_groups(concepts)
     truth_BP4 = _true_boxes(batch) if len(groups) else None
     by_points = points_BP3 is not None and batch.box_B4 is not None and len(groups) and set(groups.names) <= set(APN_GROUPS)
-    for name, map_BNM in all_maps(output, row_B=row_B, seed=seed).items():
+    for name, map_BNM in maps.items():
         found: dict[str, Tensor] = {}
         peak_BM2 = peak_points(map_BNM, grid=grid)
         if points_BP3 is not None:

@@ -23,10 +23,11 @@ from dotcbm.metrics.faithfulness import cover, random_region, region_of
 from dotcbm.models.concept_model import ConceptModel
 from dotcbm.report.audit_settings import AuditSettings
 from dotcbm.report.collect import Columns, evaluating, run
+from dotcbm.report.collect_maps import explaining_map
 from dotcbm.report.collect_store import Store
 from dotcbm.structures import ConceptOutput, ConceptSample
 
-__all__ = ["Occlusion", "Swap", "explaining_map", "occlude", "plan_occlusion", "plan_swap", "swap"]
+__all__ = ["Occlusion", "Swap", "occlude", "plan_occlusion", "plan_swap", "swap"]
 
 _SWAP, _OCCLUDE = 0x5A9, 0x0CC  # separate streams of the seed
 _AT_ONCE = 4  # pictures through the encoder: larger batches leave a processor's cache (see `dotcbm.data.features`)
@@ -156,11 +157,6 @@ def plan_occlusion(columns: Columns, *, settings: AuditSettings) -> Tensor:
     return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
 
 
-def explaining_map(output: ConceptOutput) -> Tensor | None:
-    """(B, N, M) the map that a model offers as its explanation: its plan, else its evidence; None if it has neither."""
-    return output.plan_BNM if output.plan_BNM is not None else output.evidence_BNM
-
-
 def occlude(
     model: ConceptModel,
     data: ConceptDataModule,
@@ -173,17 +169,18 @@ def occlude(
 ) -> Occlusion | None:
     """Cover what `plan_occlusion` says and show it to the model; None for a model without maps."""
     dataset = data.dataset(columns.split)
+    device = next(model.bottleneck.parameters()).device
 
     def piece(start: int) -> dict[str, Tensor]:
         before, region, noise = [], [], []
         for n, concept in plan_S2[start : start + _PIECE].tolist():
             row = int(columns.row_N[n])
             sample = prepare_sample(dataset.sample(row), preprocessing=model.preprocessing)
-            plain = _output(model, [sample])
-            map_BNM = explaining_map(plain)
-            assert map_BNM is not None
+            plain, features = run(model, collate([sample]).to(device))
+            found = explaining_map(model, features, plain, concepts=[concept])
+            assert found is not None
             assert sample.image is not None
-            map_HW = map_BNM[0, :, concept].unflatten(0, plain.grid)
+            map_HW = found[1][0, :, 0].unflatten(0, plain.grid)
             hot_HW = region_of(map_HW)
             cold_HW = random_region(hot_HW, seed=mix_seed(settings.seed, _OCCLUDE, row, concept))
             covered = _output(model, [replace(sample, image=cover(sample.image, mask_HW)) for mask_HW in (hot_HW, cold_HW)])

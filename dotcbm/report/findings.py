@@ -19,6 +19,7 @@ __all__ = ["RULES", "find_all", "summary"]
 
 _GAP, _GROUP_MARGIN, _CLASS_MARGIN, _SURE, _CALIBRATED = 0.05, 0.10, 0.20, 0.05, 0.05
 _LEAST_OF_CLASS = 10  # pictures: a class with fewer is not called weak
+_FIRST = ("shortcut/background", "data/background")  # among findings of one severity
 _SEVERITIES = ("critical", "warning", "note", "good")
 
 
@@ -26,9 +27,10 @@ def find_all(record: AuditRecord) -> tuple[Finding, ...]:
     """The findings of a record, the gravest first; among equals the one farthest from its threshold, and a proven shortcut before all."""
     found = [finding for rule in RULES for finding in rule(record)]
 
-    def order(finding: Finding) -> tuple[int, bool, float, str]:
+    def order(finding: Finding) -> tuple[int, int, float, str]:
         distance = abs((finding.measured.value or 0.0) - finding.threshold)
-        return _SEVERITIES.index(finding.severity), finding.key != "shortcut/background", -distance, finding.key
+        first = _FIRST.index(finding.key) if finding.key in _FIRST else len(_FIRST)
+        return _SEVERITIES.index(finding.severity), first, -distance, finding.key
 
     return tuple(sorted(found, key=order))
 

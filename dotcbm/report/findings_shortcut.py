@@ -6,30 +6,35 @@ and paint in both. Without masks, groups and other splits can raise a suspicion 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from dotcbm.report.audit_shortcut import CLASS_PREFIX
 from dotcbm.report.findings_rule import LEAST, find, listed, points
 from dotcbm.report.record import AuditRecord, Figure, Finding, Interval
 
-__all__ = ["SHORTCUT_FALL", "SHORTCUT_RULES"]
+__all__ = ["SHORTCUT_FALL", "SHORTCUT_ODDS", "SHORTCUT_RULES"]
 
 SHORTCUT_FALL = 0.02
 """Points of accuracy that another class's background may cost: the lower end of the 99 % interval must not exceed it."""
 
+SHORTCUT_ODDS = 0.25
+"""What it may take off the log-odds of the true class, likewise: a factor of 1.3 in the odds."""
+
 _PASSED = 0.05  # a fall that is surely below this is a passed check
-_USUAL, _DATA = 0.05, 0.10
+_USUAL = 0.05
+_DATA, _STRONG_DATA = 0.10, 0.30  # above the largest class's share: worth a note; a planted shortcut
 _LEAST_CLASS_FALL = 0.05  # for a class to be named in a title
 _MOST_NAMED = 3
 
 
 def _background(record: AuditRecord) -> list[Finding]:
-    fall, sharp = find(record, "suspects/swap_fall"), find(record, "suspects/swap_fall_99")
-    if fall is None or sharp is None or fall.value.n < LEAST:
+    fall, odds = find(record, "suspects/swap_fall"), find(record, "suspects/swap_log_odds")
+    if fall is None or odds is None or fall.value.n < LEAST:
         return []
-    detail = _experiment(record, fall, sharp)
-    if sharp.value.low is not None and sharp.value.low > SHORTCUT_FALL:
-        classes, concepts = _leaning(record)
+    detail = _experiment(record, fall, odds)
+    classes, concepts = _leaning(record)
+    if fall.value.low is not None and fall.value.low > SHORTCUT_FALL:
         return [
             Finding(
                 "shortcut/background",
@@ -40,9 +45,29 @@ def _background(record: AuditRecord) -> list[Finding]:
                 fall.value,
                 "points",
                 SHORTCUT_FALL,
-                f"lower end of the 99 % interval ({points(sharp.value.low)} points) above {100 * SHORTCUT_FALL:g} points",
+                f"lower end of the 99 % interval above {100 * SHORTCUT_FALL:g} points",
                 fall.control,
                 fall.control_label,
+                "confirmed",
+                "suspects",
+                concepts,
+                classes,
+            )
+        ]
+    if odds.value.low is not None and odds.value.low > SHORTCUT_ODDS:
+        return [
+            Finding(
+                "shortcut/background",
+                "warning",
+                f"The model leans on the background: another class's takes {odds.value.value:.2f} off the log-odds of the true class"
+                f"{_through(classes, concepts)}.",
+                f"{detail} It rarely decides here; it may where the object is hard to see.",
+                odds.value,
+                "number",
+                SHORTCUT_ODDS,
+                f"lower end of the 99 % interval above {SHORTCUT_ODDS:g}, a factor of {math.exp(SHORTCUT_ODDS):.2f} in the odds",
+                odds.control,
+                odds.control_label,
                 "confirmed",
                 "suspects",
                 concepts,
@@ -59,7 +84,7 @@ def _background(record: AuditRecord) -> list[Finding]:
                 fall.value,
                 "points",
                 _PASSED,
-                f"upper end of the interval below {100 * _PASSED:g} points",
+                f"upper end of the 99 % interval below {100 * _PASSED:g} points, and no fall of the log-odds above {SHORTCUT_ODDS:g}",
                 fall.control,
                 fall.control_label,
                 "confirmed",
@@ -75,8 +100,7 @@ def _background(record: AuditRecord) -> list[Finding]:
             fall.value,
             "points",
             SHORTCUT_FALL,
-            f"neither the lower end of the 99 % interval above {100 * SHORTCUT_FALL:g} points nor the upper end of the 95 % interval "
-            f"below {100 * _PASSED:g}",
+            f"neither the lower end of the 99 % interval above {100 * SHORTCUT_FALL:g} points nor its upper end below {100 * _PASSED:g}",
             fall.control,
             fall.control_label,
             "open",
@@ -85,11 +109,12 @@ def _background(record: AuditRecord) -> list[Finding]:
     ]
 
 
-def _experiment(record: AuditRecord, fall: Figure, sharp: Figure) -> str:
+def _experiment(record: AuditRecord, fall: Figure, odds: Figure) -> str:
     said = [
         f"{fall.value.n} objects were put on the background of another picture of their own class and of another class. "
         f"Beyond what the exchange itself does, the other class's background costs {points(fall.value.value)} points "
-        f"(99 % interval {points(sharp.value.low)} to {points(sharp.value.high)})."
+        f"(99 % interval {points(fall.value.low)} to {points(fall.value.high)}) and takes {odds.value.value:.2f} off the log-odds of the "
+        "true class."
     ]
     donor = find(record, "suspects/swap_to_donor")
     if donor is not None and donor.control is not None and donor.control.value is not None:
@@ -162,10 +187,11 @@ def _data(record: AuditRecord) -> list[Finding]:
     threshold = figure.control.value + _DATA
     if figure.value.low <= threshold:
         return []
+    strong = figure.value.low > figure.control.value + _STRONG_DATA
     return [
         Finding(
             "data/background",
-            "note",
+            "warning" if strong else "note",
             f"The data invites a shortcut: the background's colours alone tell {figure.value.value:.0%} of the classes.",
             figure.note + " Accuracy on this split proves less than it seems; whether this model uses it, the background swap says.",
             figure.value,

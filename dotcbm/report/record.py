@@ -35,7 +35,7 @@ __all__ = [
     "Thumbnail",
 ]
 
-FORMAT = 2
+FORMAT = 3
 """2 counts what a curve of interventions and a sweep of thresholds were measured on."""
 
 Section = Literal[
@@ -53,9 +53,10 @@ class Interval:
 
     Attributes:
         value: None where it is not defined.
-        low, high: Ends of the 95 % interval; None where there is none.
+        low, high: Ends of the interval; None where there is none.
         n: What was counted (pictures, or pairs of picture and concept).
         over: What n counts, in words: "pictures", "pairs of picture and concept", "concepts".
+        level: Coverage of the interval.
     """
 
     value: float | None
@@ -63,6 +64,7 @@ class Interval:
     high: float | None = None
     n: int = 0
     over: str = "pictures"
+    level: float = 0.95
 
 
 @dataclass(frozen=True)
@@ -488,5 +490,7 @@ class AuditRecord:
         return found
 
     def flat(self) -> dict[str, float]:
-        """Value by key, of the figures that are defined: for tables over many records."""
-        return {figure.key: figure.value.value for figure in self.figures if figure.value.value is not None}
+        """Value by key of the figures that are defined, and of their controls as "<key>/control": for tables over many records."""
+        values = {figure.key: figure.value.value for figure in self.figures}
+        values |= {f"{figure.key}/control": figure.control.value for figure in self.figures if figure.control is not None}
+        return {key: value for key, value in values.items() if value is not None}

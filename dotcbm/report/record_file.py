@@ -346,5 +346,19 @@ def _from_1(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"format": 2, "interventions": curves, "sweeps": sweeps}
 
 
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+def _from_2(values: dict[str, Any]) -> dict[str, Any]:
+    """Format 3 says the coverage of each interval; before, all were 95 % intervals."""
+
+    def levelled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [levelled(entry) for entry in value] if value and isinstance(value[0], dict | list) else value
+        if isinstance(value, dict):
+            told = {key: levelled(entry) for key, entry in value.items()}
+            return told | {"level": 0.95} if value.keys() == {"value", "low", "high", "n", "over"} else told
+        return value
+
+    return levelled(values) | {"format": 3}
+
+
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
 """From format f to f + 1."""

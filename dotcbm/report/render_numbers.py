@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dotcbm.report.record import Interval, Unit
 
@@ -67,14 +68,15 @@ def with_unit(value: float | None, unit: Unit) -> str:
 
 
 def span(interval: Interval, unit: Unit) -> str:
-    """The ends of the 95 % interval; empty where there is none.
+    """The ends of the interval; empty where there is none. Its coverage is said where it is not 95 %.
 
     >>> span(Interval(0.5, 0.4, 0.61, 80), "percent")
     '40.0 to 61.0'
     """
     if interval.low is None or interval.high is None:
         return ""
-    return f"{number(interval.low, unit)} to {number(interval.high, unit)}"
+    said = "" if interval.level == 0.95 else f" ({round(100 * interval.level)} % interval)"
+    return f"{number(interval.low, unit)} to {number(interval.high, unit)}{said}"
 
 
 def cases(interval: Interval) -> str:
@@ -90,6 +92,7 @@ def interval_text(interval: Interval | None, unit: Unit) -> str:
     """
     if interval is None:
         return "not measured"
-    ends = span(interval, unit)
-    said: Sequence[str] = [text for text in (f"95 % interval {ends}" if ends else "", cases(interval)) if text]
+    ends = span(replace(interval, level=0.95), unit)
+    coverage = f"{round(100 * interval.level)} % interval"
+    said: Sequence[str] = [text for text in (f"{coverage} {ends}" if ends else "", cases(interval)) if text]
     return with_unit(interval.value, unit) + (f" ({'; '.join(said)})" if said else "")

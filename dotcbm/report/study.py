@@ -31,7 +31,8 @@ class World:
 
     Attributes:
         encoder: Arguments of `ImageEncoder`.
-        source: {"class": a source's class name, and its arguments}; an argument that is such a mapping is a source too.
+        source: {"class": a source's class name, and its arguments}; an argument that is such a mapping is a source too, and an
+            argument "{seed}" is the seed of the run.
         data: Arguments of `ConceptDataModule`.
         task: Arguments of `ConceptTask` shared by all rows.
         epochs: Passes over the training pictures.
@@ -203,11 +204,11 @@ def read_records(study: Study, directory: Path) -> list[Record]:
     return records
 
 
-def make_source(described: Mapping[str, Any]) -> ConceptSource:
+def make_source(described: Mapping[str, Any], *, seed: int = 0) -> ConceptSource:
     """A source from {"class": name, and its arguments}; see `World.source`."""
     known: dict[str, Callable[..., ConceptSource]] = {**subclasses(ConceptSource, package="dotcbm.data")}
     arguments = {
-        name: make_source(value) if isinstance(value, Mapping) and "class" in value else value
+        name: make_source(value, seed=seed) if isinstance(value, Mapping) and "class" in value else seed if value == "{seed}" else value
         for name, value in described.items()
         if name != "class"
     }

@@ -27,6 +27,9 @@ from dotcbm.training.task import ConceptTask
 
 __all__ = ["run_study"]
 
+SHORTCUTS = ("shortcut/background", "data/background")
+"""Findings that name a shortcut through the background."""
+
 AUDITS = "audits"
 """Folder of the audits' records, below that of the runs'."""
 
@@ -64,19 +67,21 @@ def run_study(
     read_records(study, directory)
     chosen = [run for run in runs_of(study, only) if not worlds or run.world in worlds]
     missing = [run for run in chosen if not (directory / f"{run.stem}.json").exists()]
-    made: dict[str, tuple[ImageEncoder | None, ConceptDataModule]] = {}
+    made: dict[str, tuple[ImageEncoder | None, ConceptDataModule]] = {}  # by the source as it is described
     mine = missing[share[0] :: share[1]]
     for number, run in enumerate(mine):
         path = directory / f"{run.stem}.json"
         if path.exists():  # another process has made it meanwhile
             continue
         say(f"{study.name}: run {number + 1} of {len(mine)}: {run.row.name}, {run.world}, seed {run.seed}")
-        if run.world not in made:
+        world = study.worlds[run.world]
+        source = make_source(world.source, seed=run.seed)
+        key = f"{run.world} {source!r}"
+        if key not in made:
             made.clear()  # one world's features in memory at a time
-            world = study.worlds[run.world]
             frozen = None if world.encoder.get("trainable") else ImageEncoder(**world.encoder)
-            made[run.world] = frozen, ConceptDataModule(make_source(world.source), **world.data)
-        encoder, data = made[run.world]
+            made[key] = frozen, ConceptDataModule(source, **world.data)
+        encoder, data = made[key]
         record = _run(study, run, encoder=encoder, data=data, directory=directory)
         partial_path = path.with_suffix(".partial")
         partial_path.write_text(json.dumps(asdict(record), indent=1) + "\n")
@@ -130,10 +135,20 @@ def _run(study: Study, run: Run, *, encoder: ImageEncoder | None, data: ConceptD
 
 
 def _audited(run: Run, task: ConceptTask, data: ConceptDataModule, *, asked: Mapping[str, Any], directory: Path) -> dict[str, float]:
-    """The figures of an audit, as "audit/<key>"; its record is written beside."""
+    """The figures of an audit as "audit/<key>", and what it finds; its record is written beside.
+
+    "audit/accused/<finding>" is 1 for each critical finding or warning; "audit/shortcut_first" whether the first of all findings names
+    a shortcut, "audit/shortcut_accused" whether any does.
+    """
     settings = {"seed": run.seed, "depth": "figures", **{name: value for name, value in asked.items() if name != "split"}}
     record = audit(task.model, data, split=asked["split"], settings=AuditSettings(**settings))
     path = directory / AUDITS / f"{run.stem}.json"
     path.parent.mkdir(exist_ok=True)
     write_record(record, path)
-    return {f"audit/{key}": value for key, value in record.flat().items()}
+    accused = [finding.key for finding in record.findings if finding.severity in ("critical", "warning")]
+    return {
+        **{f"audit/{key}": value for key, value in record.flat().items()},
+        **{f"audit/accused/{key}": 1.0 for key in accused},
+        "audit/shortcut_first": float(bool(accused) and record.findings[0].key in SHORTCUTS),
+        "audit/shortcut_accused": float(any(key in SHORTCUTS for key in accused)),
+    }

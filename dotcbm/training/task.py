@@ -344,7 +344,8 @@ class ConceptTask(LightningModule):
             head.bias.copy_(fit.bias_K)
         self.head_fit = fit
         said = "" if val is None else f", {100 * fit.val_accuracy:.1f} % in validation"
-        rank_zero_info(f"Head fitted with {'l2' if self.head_nec is None else 'strength'} = {fit.l2:g}: class accuracy {100 * fit.train_accuracy:.1f} % in training{said}")
+        strength = f"{'l2' if self.head_nec is None else 'strength'} = {fit.l2:g}"
+        rank_zero_info(f"Head fitted with {strength}: class accuracy {100 * fit.train_accuracy:.1f} % in training{said}")
         figures = {"head/l2": fit.l2, "head/train_accuracy": fit.train_accuracy}
         if val is not None:
             figures["head/val_accuracy"] = fit.val_accuracy

@@ -294,8 +294,12 @@ def test_other_bottlenecks(encoder, cache, kind, settings, read_on):
     if kind is LinearProbe:
         assert "nothing to correct" in absent(found)["all of it"]
         assert "interventions/black_box" in {finding.key for finding in found.findings}
-    if kind is not CBM:
-        assert "no maps" in absent(found)["where the maps point"]
+        assert "no concepts" in absent(found)["where the maps point"]
+    else:
+        offered = "gradcam" if kind is CEM else "evidence"
+        assert found.figure(f"parts/pointing_mask_{offered}").control is not None
+        assert {sweep.map for sweep in found.sweeps} > {offered, "random"}
+        assert any(any(concept.heat) for card in (*found.errors, *found.cards) for concept in card.concepts)
     assert html(found)
 
 

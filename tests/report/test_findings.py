@@ -28,8 +28,10 @@ def points_figure(key: str, value: float, low: float, high: float, n: int = 100,
     return Figure(key, key, Interval(value, low, high, n), unit, control=ZERO, control_label="nothing")
 
 
-def swap(value: float, low: float, high: float, low_99: float, n: int = 150) -> tuple[Figure, Figure]:
-    return points_figure("suspects/swap_fall", value, low, high, n), points_figure("suspects/swap_fall_99", value, low_99, high + 0.02, n)
+def swap(value: float, low: float, high: float, odds: float = 0.1, n: int = 150) -> tuple[Figure, Figure]:
+    """Figures of a swap: the fall of accuracy with its interval, and the lower end of that of the log-odds."""
+    fall = points_figure("suspects/swap_fall", value, low, high, n)
+    return fall, points_figure("suspects/swap_log_odds", odds + 0.2, odds, odds + 0.4, n, "number")
 
 
 def test_a_shortcut_is_critical_first_and_names_who_leans_on_it():
@@ -42,23 +44,26 @@ def test_a_shortcut_is_critical_first_and_names_who_leans_on_it():
         Figure(f"{CLASS_PREFIX}B", "", Interval(0.6, 0.4, 0.8, 20)),
         Figure(f"{CLASS_PREFIX}A", "", Interval(0.2, -0.1, 0.5, 20)),
     )
-    record = with_figures(*swap(0.3, 0.2, 0.4, 0.17), *classes, points_figure("classes/overconfidence", 0.4, 0.35, 0.5))
+    record = with_figures(*swap(0.3, 0.17, 0.4), *classes, points_figure("classes/overconfidence", 0.4, 0.35, 0.5))
     record = replace(record, suspects=suspects)
     first = find_all(record)[0]
     assert (first.key, first.severity, first.verdict, first.threshold) == ("shortcut/background", "critical", "confirmed", 0.02)
     assert first.concepts == ("large", "small")
     assert first.classes == ("B",)
     assert "30.0 points, most for B, through large, small" in first.title
-    assert "17.0 points" in first.rule
+    assert "99 % interval 17.0 to 40.0" in first.detail
 
 
 @pytest.mark.parametrize(
     ("interval", "key", "severity"),
     [
-        ((0.1, 0.03, 0.2, 0.021), "shortcut/background", "critical"),
-        ((0.1, 0.03, 0.2, 0.02), "shortcut/open", "note"),
-        ((0.01, -0.02, 0.049, -0.03), "shortcut/background", "good"),
-        ((0.01, -0.02, 0.05, -0.03), "shortcut/open", "note"),
+        ((0.1, 0.021, 0.2), "shortcut/background", "critical"),
+        ((0.1, 0.021, 0.2, 0.3), "shortcut/background", "critical"),
+        ((0.1, 0.02, 0.2), "shortcut/open", "note"),
+        ((0.1, 0.02, 0.2, 0.251), "shortcut/background", "warning"),
+        ((0.01, -0.02, 0.049), "shortcut/background", "good"),
+        ((0.01, -0.02, 0.049, 0.251), "shortcut/background", "warning"),
+        ((0.01, -0.02, 0.05, 0.25), "shortcut/open", "note"),
     ],
 )
 def test_the_shortcut_rule(interval, key, severity):
@@ -67,7 +72,7 @@ def test_the_shortcut_rule(interval, key, severity):
 
 
 def test_a_few_pictures_prove_nothing():
-    few = with_figures(*swap(1.0, 1.0, 1.0, 1.0, n=3), points_figure("parts/pointing_gain", 0.5, 0.5, 0.5, n=3))
+    few = with_figures(*swap(1.0, 1.0, 1.0, n=3), points_figure("parts/pointing_gain", 0.5, 0.5, 0.5, n=3))
     assert not [finding for finding in find_all(few) if finding.key.startswith(("shortcut", "localization"))]
 
 
@@ -75,7 +80,7 @@ def test_groups_speak_where_no_picture_could_be_swapped():
     gap = points_figure("groups/usual_gap", 0.3, 0.2, 0.4)
     assert of(with_figures(gap), "shortcut/groups").severity == "critical"  # pyright: ignore
     assert of(with_figures(gap), "shortcut/groups").verdict == "open"  # pyright: ignore
-    assert of(with_figures(gap, *swap(0.3, 0.2, 0.4, 0.17)), "shortcut/groups").severity == "warning"  # pyright: ignore
+    assert of(with_figures(gap, *swap(0.3, 0.17, 0.4)), "shortcut/groups").severity == "warning"  # pyright: ignore
     assert of(with_figures(points_figure("groups/usual_gap", 0.3, 0.05, 0.4)), "shortcut/groups") is None
 
 
@@ -85,8 +90,17 @@ def test_data_that_invites_a_shortcut():
             with_figures(Figure("suspects/background_colours", "", Interval(0.5, low, 0.6, 300), control=Interval(0.2))), "data/background"
         )
 
-    assert told(0.31) is not None
+    for low, severity in ((0.51, "warning"), (0.5, "note"), (0.31, "note")):
+        found = told(low)
+        assert found is not None
+        assert found.severity == severity
     assert told(0.30) is None
+
+
+def test_a_planted_shortcut_comes_first_among_the_warnings():
+    planted = Figure("suspects/background_colours", "", Interval(0.9, 0.85, 0.95, 300), control=Interval(0.2))
+    record = with_figures(planted, *swap(0.01, -0.01, 0.04, 0.3), points_figure("classes/overconfidence", 0.9, 0.85, 0.95))
+    assert [finding.key for finding in find_all(record)][:3] == ["shortcut/background", "data/background", "classes/overconfident"]
 
 
 @pytest.mark.parametrize(
