@@ -19,7 +19,7 @@ from dotcbm.catalog import subclasses
 from dotcbm.data.source import ConceptSource
 from dotcbm.models.base import Bottleneck
 
-__all__ = ["MAIN", "Claim", "Record", "Row", "Run", "Study", "World", "make_source", "read_records", "read_study"]
+__all__ = ["MAIN", "Claim", "Record", "Row", "Run", "Study", "World", "make_source", "read_records", "read_study", "source_of"]
 
 MAIN = "main"
 """Name of the world that the study's own keys describe."""
@@ -204,15 +204,26 @@ def read_records(study: Study, directory: Path) -> list[Record]:
     return records
 
 
-def make_source(described: Mapping[str, Any], *, seed: int = 0) -> ConceptSource:
+def make_source(described: Mapping[str, Any]) -> ConceptSource:
     """A source from {"class": name, and its arguments}; see `World.source`."""
     known: dict[str, Callable[..., ConceptSource]] = {**subclasses(ConceptSource, package="dotcbm.data")}
     arguments = {
-        name: make_source(value, seed=seed) if isinstance(value, Mapping) and "class" in value else seed if value == "{seed}" else value
+        name: make_source(value) if isinstance(value, Mapping) and "class" in value else value
         for name, value in described.items()
         if name != "class"
     }
     return known[described["class"]](**arguments)
+
+
+def source_of(world: World, *, seed: int) -> dict[str, Any]:
+    """The source of a run: that of its world, with the run's seed in place of "{seed}"."""
+
+    def told(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: told(entry) for name, entry in value.items()}
+        return seed if value == "{seed}" else value
+
+    return told(world.source)
 
 
 def _claim(values: Mapping[str, Any]) -> Claim:

@@ -22,7 +22,7 @@ from dotcbm.encoders.image import ImageEncoder
 from dotcbm.models.base import Bottleneck
 from dotcbm.report.audit import AuditSettings, audit
 from dotcbm.report.record_file import write_record
-from dotcbm.report.study import Record, Run, Study, make_source, read_records, run_settings, runs_of
+from dotcbm.report.study import Record, Run, Study, make_source, read_records, run_settings, runs_of, source_of
 from dotcbm.training.task import ConceptTask
 
 __all__ = ["run_study"]
@@ -75,12 +75,12 @@ def run_study(
             continue
         say(f"{study.name}: run {number + 1} of {len(mine)}: {run.row.name}, {run.world}, seed {run.seed}")
         world = study.worlds[run.world]
-        source = make_source(world.source, seed=run.seed)
-        key = f"{run.world} {source!r}"
+        source = source_of(world, seed=run.seed)
+        key = f"{run.world} {json.dumps(source)}"
         if key not in made:
             made.clear()  # one world's features in memory at a time
             frozen = None if world.encoder.get("trainable") else ImageEncoder(**world.encoder)
-            made[key] = frozen, ConceptDataModule(source, **world.data)
+            made[key] = frozen, ConceptDataModule(make_source(source), **world.data)
         encoder, data = made[key]
         record = _run(study, run, encoder=encoder, data=data, directory=directory)
         partial_path = path.with_suffix(".partial")

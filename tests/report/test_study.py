@@ -9,7 +9,9 @@ from statistics import mean, stdev
 import pytest
 import torch
 
-from dotcbm.report.study import MAIN, Claim, Record, Row, Study, World, read_study
+from dotcbm.data.synthetic import Synthetic
+from dotcbm.report.record_file import read_record
+from dotcbm.report.study import MAIN, Claim, Record, Row, Study, World, make_source, read_study, source_of
 from dotcbm.report.study_plot import plot_claim
 from dotcbm.report.study_run import run_study
 from dotcbm.report.table import markdown, summary
@@ -163,3 +165,26 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     (out / "linear-probe-seed0.json").write_text('{"study": "tiny"')
     with pytest.raises(ValueError, match=r"linear-probe-seed0.json: is no record of a run .*delete it"):
         run_study(study, out, say=str)
+
+
+def test_a_source_may_take_the_seed_of_the_run_and_hold_another_source():
+    described = {"class": "Backgrounds", "kind": "coloured", "source": {"class": "Synthetic", "size": 64, "seed": "{seed}"}}
+    made = make_source(source_of(World({}, described, {}, {}, 1), seed=7))
+    assert type(made).__name__ == "Backgrounds"
+    assert made.source == Synthetic(size=64, seed=7)  # pyright: ignore
+    assert described["source"]["seed"] == "{seed}"  # pyright: ignore
+
+
+def test_an_audited_run_leaves_the_record_that_its_figures_come_from(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.yaml"
+    small = "audit: {split: test, num_occluded: 2, num_swapped: 4, num_draws: 20}"
+    path.write_text(YAML.replace("CACHE", str(tmp_path / "cache")).replace("seeds: [0, 1]", f"seeds: [3]\n{small}"))
+    study, out = read_study(path), tmp_path / "records"
+    figures = run_study(study, out, only=["DOT-CBM"], say=str)[0].figures
+    audited = read_record(out / "audits" / "dot-cbm-seed3.json")
+    assert figures["audit/classes/accuracy"] == audited.figure("classes/accuracy").value.value == pytest.approx(figures["test/accuracy"])
+    assert dict(audited.card.audit)["seed"] == "3"
+    assert figures["audit/shortcut_first"] in (0.0, 1.0)
+    assert {f"audit/accused/{f.key}" for f in audited.findings if f.severity in ("critical", "warning")} == {
+        key for key in figures if key.startswith("audit/accused/")
+    }
