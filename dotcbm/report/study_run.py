@@ -119,6 +119,7 @@ def _run(study: Study, run: Run, *, encoder: ImageEncoder | None, data: ConceptD
         figures["head_l2"] = task.head_fit.l2
         figures["val/accuracy"] = task.head_fit.val_accuracy
     if world.audit is not None:
+        task.model.to(trainer.strategy.root_device)  # Lightning has moved it back
         figures |= _audited(run, task, data, asked=world.audit, directory=directory)
     device = torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else "CPU"
     return Record(
