@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 # Packages of the extras; whoever lacks one of an extra needs all of them.
 _TRAIN = ("jsonargparse", "lightning", "pyarrow", "torchmetrics")
-_AUDIT = ("jinja2",)
+_AUDIT = ("jinja2", "scipy")
 _TRAINING = ("audit", "demo", "edit", "fit", "study", "test", "validate")
 _AUDITING = ("audit", "edit")
 

@@ -59,11 +59,14 @@ def write_pdf(record: AuditRecord, path: str | Path) -> Path:
 
     Raises:
         ModuleNotFoundError: jinja2 or weasyprint is not installed; says how to install it.
+        OSError: The system has no pango, which weasyprint draws with, or the disk is full.
     """
     try:
         from weasyprint import HTML
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("a PDF needs weasyprint: pip install 'dotcbm[audit,pdf]'; or print the HTML from a browser") from error
+    except OSError as error:  # weasyprint loads pango when it is imported
+        raise OSError(f"weasyprint lacks a library of the system ({error}); install pango, or print the HTML from a browser") from error
     page = _page(record, script="").replace("</svg>", f"<style>{_filled(_style('charts.css'))}</style></svg>")
     content = HTML(string=page).write_pdf()
     if content is None:

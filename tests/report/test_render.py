@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from functools import cache
@@ -352,7 +353,12 @@ def test_a_large_audit_stays_under_15_megabytes() -> None:
 
 
 def test_a_pdf_is_printed(tmp_path: Path) -> None:
-    pytest.importorskip("weasyprint", reason="weasyprint is the extra pdf")
+    try:
+        import weasyprint  # noqa: F401 - only whether it is there
+    except (ModuleNotFoundError, OSError) as error:
+        if os.environ.get("DOTCBM_REQUIRE_BROWSER"):
+            raise
+        pytest.skip(f"no PDF here: {error}")
     few = replace(bare(record()), findings=record().findings[:1], cards=record().cards[:1], grid=record().grid[:2], sweeps=record().sweeps)
     content = write_pdf(few, tmp_path / "a.pdf").read_bytes()
     assert content.startswith(b"%PDF-")
