@@ -80,7 +80,8 @@ class Claim:
     Attributes:
         name: Names the files.
         question: Heads the table.
-        columns: Pairs of a figure and a heading. A figure is "[world:]split/name"; alternatives are separated by "|".
+        columns: Pairs of a figure and a heading. A figure is "[world:]split/name"; "a,b/name" or "a/x,b/y" puts two into a cell;
+            alternative names, of which the first that a record has is taken, are separated by "|".
         rows: Names of the rows shown; all by default.
         better: Which way is good, for each column "higher", "lower" or "none"; all "higher" by default.
     """

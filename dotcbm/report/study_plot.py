@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 
 from dotcbm.explain.style import INK, LINE, MUTED, NAME, SMALL, TITLE, new_figure, place, wrapped
 from dotcbm.report.study import Claim, Record, Study
-from dotcbm.report.table import cell_values
+from dotcbm.report.table import cell_values, split_labels
 
 __all__ = ["plot_claim"]
 
 _SPLIT_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito 2008
 _SPLIT_MARKS = ("o", "D", "s", "^")
-_LABELS, _PANEL, _GAP, _LINE, _HEAD = 3.0, 1.75, 0.25, 0.27, 1.25  # inches
+_LABELS, _PANEL, _GAP, _LINE, _HEAD = 3.0, 1.75, 0.25, 0.27, 1.05  # inches
 
 
 def plot_claim(study: Study, records: Sequence[Record], claim: Claim) -> Figure:
@@ -36,19 +36,14 @@ def plot_claim(study: Study, records: Sequence[Record], claim: Claim) -> Figure:
         0.15 / width, 1 - 0.15 / height, wrapped(claim.question, inches=width - 0.3, size=TITLE, bold=True), va="top", fontsize=TITLE,
         fontweight="bold", color=INK,
     )  # fmt: skip
-    shown_splits: list[str] = []
     for number, (figure_name, heading) in enumerate(claim.columns):
         ax = place(figure, left=_LABELS + number * (_PANEL + _GAP), top=_HEAD, width=_PANEL, height=len(rows) * _LINE)
-        splits = figure_name.partition(":")[2] or figure_name
-        splits = splits.partition("/")[0].split(",")
         for line, row in enumerate(rows):
             ax.axhline(line, color=LINE, linewidth=0.6, zorder=0)
-            for place_of_split, (split, values) in enumerate(zip(splits, cell_values(study, records, row=row, figure=figure_name))):
+            for place_of_split, values in enumerate(cell_values(study, records, row=row, figure=figure_name)):
                 known = [100 * value for value in values if not math.isnan(value)]
                 if not known:
                     continue
-                if split not in shown_splits:
-                    shown_splits.append(split)
                 colour, mark = _SPLIT_COLOURS[place_of_split % 4], _SPLIT_MARKS[place_of_split % 4]
                 ax.plot(known, [line] * len(known), mark, color=colour, markersize=2.5, alpha=0.5, zorder=2)
                 ax.plot(mean(known), line, mark, color=colour, markersize=6, markeredgecolor="white", markeredgewidth=0.6, zorder=3)
@@ -63,9 +58,10 @@ def plot_claim(study: Study, records: Sequence[Record], claim: Claim) -> Figure:
         better = claim.better[number] if claim.better else "higher"
         arrow = {"higher": " →", "lower": " ←", "none": ""}[better]
         ax.set_title(wrapped(heading + arrow, inches=_PANEL, size=NAME, lines=2), fontsize=NAME, color=INK, loc="left")
-    for number, split in enumerate(shown_splits):
-        left = (_LABELS + number * 1.5) / width
-        figure.text(left, 0.25 / height, f"{'●◆■▲'[number % 4]} {split}", fontsize=SMALL + 1, color=_SPLIT_COLOURS[number % 4])
+    most = max(len(split_labels(figure_name)) for figure_name, _ in claim.columns)
+    for number in range(most if most > 1 else 0):
+        said = f"{'●◆■▲'[number % 4]} {('first', 'second', 'third', 'fourth')[number % 4]} of a heading's figures"
+        figure.text((_LABELS + number * 2.1) / width, 0.25 / height, said, fontsize=SMALL + 1, color=_SPLIT_COLOURS[number % 4])
     seeds = len({record.seed for record in records})
     figure.text(0.15 / width, 0.25 / height, f"%, {seeds} seeds: small marks", fontsize=SMALL + 1, color=MUTED)
     return figure

@@ -10,10 +10,12 @@ from dotcbm.catalog import subclasses
 from dotcbm.models.base import Bottleneck
 from dotcbm.report.study import MAIN, Claim, Record, Study
 
-__all__ = ["DEFAULT_COLUMNS", "cell_values", "markdown", "summary"]
+__all__ = ["DEFAULT_COLUMNS", "cell_values", "default_claim", "markdown", "split_labels", "summary"]
 
 Column = tuple[str, str]
 """A figure as in `Claim.columns`, and the heading of its column."""
+
+_OF_CONCEPTS = ("concept_", "concepts/", "interventions/", "controls/nec5", "controls/anec")
 
 DEFAULT_COLUMNS: tuple[Column, ...] = (
     ("accuracy", "class accuracy"),
@@ -54,9 +56,25 @@ def cell_values(study: Study, records: Sequence[Record], *, row: str, figure: st
     world, colon, rest = figure.partition(":")
     if not colon:
         world, rest = MAIN, figure
-    splits, _, names = rest.partition("/")
     runs = [record for record in records if record.row == row and record.world == world]
-    return [[_figure(record, split, names) for record in runs] for split in splits.split(",")]
+    return [[_figure(record, *named) for record in runs] for named in _split_names(rest)]
+
+
+def split_labels(figure: str) -> list[str]:
+    """What the values of a cell are told apart by: their splits, or their names where the splits are the same."""
+    named = _split_names(figure.partition(":")[2] or figure)
+    splits = [split for split, _ in named]
+    return splits if len(set(splits)) == len(splits) else [name.rpartition("/")[2] for _, name in named]
+
+
+def _split_names(figure: str) -> list[tuple[str, str]]:
+    """Split and name of each figure of a cell: "a,b/x" is a/x and b/x, "a/x,b/y" is a/x and b/y."""
+    parts = figure.split(",")
+    if all("/" in part for part in parts):
+        pairs = [part.partition("/") for part in parts]
+        return [(split, name) for split, _, name in pairs]
+    splits, _, name = figure.partition("/")
+    return [(split, name) for split in splits.split(",")]
 
 
 def markdown(study: Study, records: Sequence[Record], claim: Claim) -> str:
@@ -85,7 +103,7 @@ def markdown(study: Study, records: Sequence[Record], claim: Claim) -> str:
 
 def _figure(record: Record, split: str, names: str) -> float:
     # The mean of concept logits that are all alike is no figure: a black box has no concepts.
-    if names.startswith("concept_") and not _bottleneck(record).reads_concepts:
+    if names.startswith(_OF_CONCEPTS) and not _bottleneck(record).reads_concepts:
         return math.nan
     for name in names.split("|"):
         if f"{split}/{name}" in record.figures:
