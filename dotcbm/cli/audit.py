@@ -37,6 +37,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of every draw (default: %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="audit only N pictures of the split, drawn with the seed")
     parser.add_argument("--depth", choices=("full", "figures"), default="full", help="figures: no picture cards, no grid")
+    parser.add_argument("--no-pictures", action="store_true", help="leave photos out, for data that may not be shown; maps stay")
     parser.add_argument("--pdf", action="store_true", help="write audit.pdf too (needs weasyprint)")
     parser.add_argument("--title", metavar="TEXT", help="of the report")
     parser.add_argument("--data-licence", metavar="TEXT", help="for the model card")
@@ -69,7 +70,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         model,
         config.data,
         split=given.split,
-        settings=AuditSettings(seed=given.seed, limit=given.limit, depth=given.depth),
+        settings=AuditSettings(seed=given.seed, limit=given.limit, depth=given.depth, pictures=not given.no_pictures),
         resume_dir=out / _PARTS,
         title=given.title,
         data_licence=given.data_licence,

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import dotcbm
 from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.models.concept_model import ConceptModel
-from dotcbm.report.audit_cards import cards, chosen_pictures, picture_columns, thumbnails
+from dotcbm.report.audit_cards import cards, chosen_pictures, picture_columns, thumbnails, withheld
 from dotcbm.report.audit_classes import class_figures, class_rows, confusion, reliability
 from dotcbm.report.audit_concepts import concept_figures, concept_rows, leakage_figures, occlusion_figures, pointing_columns
 from dotcbm.report.audit_controls import control_figures
@@ -85,6 +85,7 @@ def audit(
         errors, rest = chosen_pictures(gathered)
         made = partial(cards, gathered, read_on=card.head_on)
         record = replace(record, errors=made(errors), cards=made(rest), grid=thumbnails(gathered))
+        record = replace(record, absent=(*record.absent, *withheld(settings)))
     record = replace(record, findings=find_all(record))
     record = replace(record, summary=summary(record))
     store.clear()

@@ -18,12 +18,13 @@ from torch import Tensor
 from dotcbm.data.batches import Rows, mix_seed
 from dotcbm.explain.heatmaps import visible_region
 from dotcbm.models.concept_model import ConceptModel
+from dotcbm.report.audit_settings import AuditSettings
 from dotcbm.report.audit_tools import Gathered, rounded
 from dotcbm.report.collect import evaluating, run
 from dotcbm.report.collect_maps import explaining_map
-from dotcbm.report.record import PictureCard, PictureColumns, ShownConcept, Thumbnail
+from dotcbm.report.record import Absence, PictureCard, PictureColumns, ShownConcept, Thumbnail
 
-__all__ = ["cards", "chosen_pictures", "head_on", "jpeg", "picture_columns", "thumbnails"]
+__all__ = ["cards", "chosen_pictures", "head_on", "jpeg", "picture_columns", "thumbnails", "withheld"]
 
 HeadOn = Literal["probability", "logit", "other", "none"]
 
@@ -110,6 +111,8 @@ def cards(g: Gathered, chosen: Sequence[tuple[int, str]], *, read_on: str) -> tu
             picture = dataset.sample(row, masks=False).image
             assert picture is not None
             image, (width, height) = jpeg(picture, side=_SIDE, quality=_QUALITY)
+            if not g.settings.pictures:
+                image = ""
             class_logit_K = output.class_logit_BK[0].double()
             classes = class_logit_K.argsort(descending=True, stable=True)[:_SHOWN_CLASSES].tolist()
             label = int(g.columns.label_N[n])
@@ -199,8 +202,8 @@ def _slopes(
 
 
 def thumbnails(g: Gathered) -> tuple[Thumbnail, ...]:
-    """Small pictures of the grid: evenly spaced pictures of the split."""
-    num = min(g.settings.num_thumbnails, len(g.columns))
+    """Small pictures of the grid: evenly spaced pictures of the split; none without photos."""
+    num = min(g.settings.num_thumbnails, len(g.columns)) if g.settings.pictures else 0
     if num == 0:
         return ()
     dataset = g.data.dataset(g.columns.split)
@@ -211,6 +214,18 @@ def thumbnails(g: Gathered) -> tuple[Thumbnail, ...]:
         assert picture is not None
         made.append(Thumbnail(n, jpeg(picture, side=_THUMBNAIL, quality=_THUMBNAIL_QUALITY)[0]))
     return tuple(made)
+
+
+def withheld(settings: AuditSettings) -> tuple[Absence, ...]:
+    """What an audit without photos does not show, and why."""
+    if settings.pictures:
+        return ()
+    reason = "photos are left out: this audit was made without them (setting `pictures`), as for data whose licence forbids showing them"
+    return (
+        Absence("errors", "the photos", f"{reason}; maps, contributions and sliders are there"),
+        Absence("pictures", "the photos", f"{reason}; maps, contributions and sliders are there"),
+        Absence("grid", "the grid", reason),
+    )
 
 
 def picture_columns(g: Gathered, hit_NM: Tensor | None, prior_NM: Tensor | None) -> PictureColumns:

@@ -17,6 +17,7 @@ class AuditSettings:
     Attributes:
         seed: Of every draw: pictures, regions, donors, resamples.
         depth: "figures" leaves out picture cards and the grid.
+        pictures: Whether photos are shown; without, cards keep their maps and there is no grid. For data that may not be shown.
         limit: Audit only this many pictures of the split, drawn with the seed; None for all.
         num_draws: Bootstrap resamples of each interval; percentiles of 1,000 move by less than a tenth of the interval's width.
         num_occluded: Pictures of the occlusion test. Each costs two passes through the encoder, 0.15 s each at 448 px.
@@ -30,6 +31,7 @@ class AuditSettings:
 
     seed: int = 0
     depth: Depth = "full"
+    pictures: bool = True
     limit: int | None = None
     num_draws: int = 1000
     num_occluded: int = 100

@@ -343,8 +343,8 @@ class PictureCard:
     Attributes:
         row: In `AuditRecord.pictures`.
         why: Why it is shown: "wrong and sure", "wrong", "least sure", "drawn at random".
-        image: JPEG, base64.
-        width, height: Of the JPEG in pixels.
+        image: JPEG, base64; empty where photos are left out.
+        width, height: Of the JPEG in pixels, also where it is left out.
         grid: (grid_h, grid_w) of the maps.
         region: x0, y0, x1, y1 of the part of the picture that the maps cover, as fractions.
         classes: Indices of the classes shown, most probable first, the true one among them.

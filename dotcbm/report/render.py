@@ -129,7 +129,7 @@ def _with_references(record: AuditRecord) -> AuditRecord:
     """The record with the ids of the page's images in the place of the images."""
 
     def pointing(cards: Sequence[PictureCard], name: str) -> tuple[PictureCard, ...]:
-        return tuple(replace(card, image=f"@{name}-{i}") for i, card in enumerate(cards))
+        return tuple(replace(card, image=f"@{name}-{i}") if card.image else card for i, card in enumerate(cards))
 
     return replace(
         record,
@@ -205,6 +205,7 @@ def _environment() -> Environment:
         swatch=lambda index: Markup(charts.swatch(index)),
         reliability_chart=lambda reliability: Markup(charts.reliability_chart(reliability)),
         section_titles={key: title for key, (title, _) in views.SECTIONS.items()},
+        sections_that_show=views.SHOWING,
         chance=Interval(0.5),
         lone=Interval,
         markup=Markup,

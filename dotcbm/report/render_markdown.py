@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from dotcbm.report.record import AuditRecord, ConceptRow, Figure, Finding, Interval, Unit
 from dotcbm.report.render_numbers import cases, interval_text, number, signed, span, with_unit
-from dotcbm.report.render_views import confused_pairs, headline, sections
+from dotcbm.report.render_views import SHOWING, confused_pairs, headline, sections
 
 __all__ = ["markdown"]
 
@@ -31,7 +31,10 @@ def markdown(record: AuditRecord) -> str:
     ]
     for section in sections(record):
         body = [
-            *(f"- Not measured: {_plain(row.what)}, because {_plain(row.reason)}." for row in section.absent),
+            *(
+                f"- Not {'shown' if row.section in SHOWING else 'measured'}: {_plain(row.what)}, because {_plain(row.reason)}."
+                for row in section.absent
+            ),
             *_figures(section.figures),
             *_BODIES.get(section.key, lambda record: [])(record),
         ]

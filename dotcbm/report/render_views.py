@@ -14,6 +14,7 @@ from dotcbm.report.render_heat import heat_png, outline
 __all__ = [
     "SECTIONS",
     "SEVERITIES",
+    "SHOWING",
     "CardView",
     "Headline",
     "Heat",
@@ -52,6 +53,9 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "card": ("Model card", "What was audited, on what data, with which settings, versions and hashes."),
 }
 """Title and the sentence under it, in the order of the report."""
+
+SHOWING = ("errors", "pictures", "grid")
+"""Sections that show and do not measure: what is absent there was not shown."""
 
 _CUT = 0.6  # of the maximum: where the paper cuts a map into a box
 _KEY_FIGURES: dict[str, tuple[str, ...]] = {

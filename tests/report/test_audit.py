@@ -303,6 +303,29 @@ def test_other_bottlenecks(encoder, cache, kind, settings, read_on):
     assert html(found)
 
 
+def test_without_photos_all_else_stays(record, dot, cache, tmp_path):
+    settings = replace(QUICK, pictures=False)
+    found = audit(dot, data_of(DRAWN, cache, evaluate_splits=["test", "test_ood"]), settings=settings)
+    assert {card.image for card in (*found.errors, *found.cards)} == {""}
+    assert found.grid == ()
+    assert all(card.image for card in (*record.errors, *record.cards))
+    for with_photo, without in zip((*record.errors, *record.cards), (*found.errors, *found.cards), strict=True):
+        assert without == replace(with_photo, image="")
+    assert (found.figures, found.findings, found.pictures) == (record.figures, record.findings, record.pictures)
+    assert dict(found.card.audit)["pictures"] == "False"
+    said = {row.section: row.reason for row in found.absent if row not in record.absent}
+    assert set(said) == {"errors", "pictures", "grid"}
+    assert all(reason.startswith("photos are left out: ") for reason in said.values())
+    page = html(read_record(write_record(found, tmp_path / "audit.json")))
+    assert "data:image/jpeg" not in page
+    assert page.count('class="heat"') == len(found.errors) + len(found.cards)
+    assert page.count("The photo is left out.") == len(found.errors) + len(found.cards)
+    assert "<b>Not shown:</b> the grid, because photos are left out" in page
+    assert "- Not shown: the photos, because photos are left out" in markdown(found)
+    none = audit(dot, data_of(DRAWN, cache), settings=replace(settings, depth="figures"))
+    assert not any("photos" in row.reason for row in none.absent)
+
+
 def test_figures_alone(encoder, cache):
     found = audit(model_of(encoder, DRAWN, CBM), data_of(DRAWN, cache), settings=replace(QUICK, depth="figures", limit=20))
     assert found.figure("classes/accuracy").value.n == 20
@@ -393,6 +416,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert main([*command, "--ckpt_path", "runs/tiny/model", "--out", str(out)]) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert main([*command, "--no-pictures", "--out", "bare"]) == 0
+    capsys.readouterr()
+    bare = json.loads(Path("bare/audit.json").read_text())
+    assert bare["figures"] == stored["figures"]
+    assert not any(card["image"] for card in (*bare["errors"], *bare["cards"], *bare["grid"]))
+    assert any(card["image"] for card in (*stored["errors"], *stored["cards"]))
     assert main(["audit", "--config", "runs/tiny/config.yaml", "--split", "tset"]) == 1
     assert "no split 'tset'" in capsys.readouterr().err
     assert main(["audit", "--config", "nowhere.yaml"]) == 2
