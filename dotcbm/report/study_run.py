@@ -138,6 +138,7 @@ def _run(study: Study, run: Run, *, encoder: ImageEncoder | None, data: ConceptD
 def _audited(run: Run, task: ConceptTask, data: ConceptDataModule, *, asked: Mapping[str, Any], directory: Path) -> dict[str, float]:
     """The figures of an audit as "audit/<key>", and what it finds; its record is written beside.
 
+    "audit/sweep/<map>/<threshold>" is the mean average precision of part detection at another threshold than 0.6;
     "audit/accused/<finding>" is 1 for each critical finding or warning; "audit/shortcut_first" whether the first of all findings names
     a shortcut, "audit/shortcut_accused" whether any does.
     """
@@ -150,6 +151,12 @@ def _audited(run: Run, task: ConceptTask, data: ConceptDataModule, *, asked: Map
     return {
         **{f"audit/{key}": value for key, value in record.flat().items()},
         **{f"audit/accused/{key}": 1.0 for key in accused},
+        **{
+            f"audit/sweep/{sweep.map}/{threshold:g}": precision
+            for sweep in record.sweeps
+            for threshold, precision in zip(sweep.thresholds, sweep.mean_average_precision)
+            if precision is not None
+        },
         "audit/shortcut_first": float(bool(accused) and record.findings[0].key in SHORTCUTS),
         "audit/shortcut_accused": float(any(key in SHORTCUTS for key in accused)),
     }

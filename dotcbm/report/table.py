@@ -78,7 +78,7 @@ def _split_names(figure: str) -> list[tuple[str, str]]:
 
 
 def markdown(study: Study, records: Sequence[Record], claim: Claim) -> str:
-    """One table; a cell holds the mean and deviation of each split, separated by a slash.
+    """One table; a cell holds the mean and deviation of each split, separated by a slash, and n where it has fewer seeds than its row.
 
     Args:
         study: Gives the order of the rows.
@@ -95,8 +95,11 @@ def markdown(study: Study, records: Sequence[Record], claim: Claim) -> str:
             continue
         cells = []
         for figure, _ in claim.columns:
-            shown = [summary(values) for values in cell_values(study, records, row=row.name, figure=figure)]
-            cells.append(" / ".join(shown) if set(shown) != {"—"} else "—")
+            values = cell_values(study, records, row=row.name, figure=figure)
+            shown = [summary(of_split) for of_split in values]
+            num = max((len(of_split) for of_split in values), default=0)
+            fewer = f" (n = {num})" if 0 < num < num_seeds else ""
+            cells.append(" / ".join(shown) + fewer if set(shown) != {"—"} else "—")
         lines.append(f"| {row.name.replace('|', ':')} | {num_seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

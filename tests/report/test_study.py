@@ -132,6 +132,8 @@ def test_the_table_holds_the_mean_and_spread_of_the_records() -> None:
     assert table[2] == f"| a : b | 3 | {cell()} / {cell(factor=0.5)} | 50.0 ± 0.0 | {cell(-20)} |"
     assert table[3] == f"| black box | 3 | {cell()} / {cell(factor=0.5)} | — | {cell(-20)} |"
     assert len(markdown(study, records, replace(claim, rows=("black box",))).splitlines()) == 3
+    fewer = [record for record in records if record.world == MAIN or record.seed < 2]
+    assert markdown(study, fewer, claim).splitlines()[2].endswith("| 35.0 ± 7.1 (n = 2) |")
     drawn = [text.get_text() for ax in plot_claim(study, records, claim).axes for text in ax.get_yticklabels()]
     assert drawn[:2] == ["a | b", "black box"]
     with pytest.raises(ValueError, match="no record yet"):
