@@ -148,7 +148,7 @@ def _calibration(record: AuditRecord) -> list[Finding]:
 def _splits(record: AuditRecord) -> list[Finding]:
     found: list[Finding] = []
     for row in record.groups:
-        if row.kind != "split" or row.gap is None or row.gap.low is None or row.gap.low <= _GAP:
+        if row.kind != "split" or row.gap is None or row.gap.n < LEAST or row.gap.low is None or row.gap.low <= _GAP:
             continue
         found.append(
             Finding(

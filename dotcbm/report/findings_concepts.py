@@ -16,6 +16,7 @@ _STEP_DOWN, _IGNORED, _ROOM = 0.01, 0.2, 0.05
 _RANDOM = 0.05
 _GOOD: Severity = "good"
 _NOTE: Severity = "note"
+_NEAR_CHANCE = 0.6  # an AUROC that surely stays below tells hardly more than guessing
 _RESIDUAL = 0.01  # share of the mass that may be misplaced
 
 
@@ -127,21 +128,28 @@ def _chance(record: AuditRecord) -> list[Finding]:
     at_chance = [row for row in measured if row.auroc.low is not None and row.auroc.low <= 0.5 and (row.weight_span or 0.0) >= middle > 0]
     if not at_chance:
         return []
-    at_chance.sort(key=lambda row: (-(row.weight_span or 0.0), row.name))
-    names = tuple(row.name for row in at_chance)
+    decided = [row for row in at_chance if row.auroc.high is not None and row.auroc.high < _NEAR_CHANCE]
+    told = sorted(decided or at_chance, key=lambda row: (-(row.weight_span or 0.0), row.name))
+    names = tuple(row.name for row in told)
+    if decided:
+        title = f"{len(names)} concepts carry weight though they are recognised no better than by guessing: {listed(names)}."
+        rule = f"interval of the AUROC reaches down to 50 % and ends below {_NEAR_CHANCE:.0%}"
+    else:  # a concept with few positives has an interval that reaches everywhere: that is no proof against it
+        title = f"{len(names)} concepts carry weight, and too few pictures show whether they are recognised: {listed(names)}."
+        rule = f"interval of the AUROC reaches down to 50 % and up to {_NEAR_CHANCE:.0%} or more"
     return [
         Finding(
             "concepts/chance",
-            "warning",
-            f"{len(names)} concepts carry weight though they are recognised no better than by guessing: {listed(names)}.",
+            "warning" if decided else "note",
+            title,
             "Their head weights span at least as much as the median concept's. The figure is the AUROC of the heaviest of them.",
-            at_chance[0].auroc,
+            told[0].auroc,
             "percent",
             0.5,
-            "interval of the AUROC reaches down to 50 %, weights of at least the median span",
+            f"{rule}; weights of at least the median span",
             Interval(0.5),
             "guessing",
-            "confirmed" if (at_chance[0].auroc.high or 1.0) < 0.6 else "open",
+            "confirmed" if decided else "open",
             "concepts",
             concepts=names,
         )

@@ -159,6 +159,22 @@ def test_concepts_at_chance_with_weight_duplicates_and_those_never_present():
     assert of(record, "concepts/duplicates").concepts == (rows[0].name, rows[1].name)  # pyright: ignore
 
 
+def test_too_few_pictures_accuse_no_concept_and_no_split():
+    rows = [replace(row, auroc=Interval(None), weight_span=0.1) for row in BASE.concepts]
+    rows[0] = replace(rows[0], auroc=Interval(0.7, 0.3, 0.95, 12), weight_span=3.0)
+    open_one = of(replace(with_figures(), concepts=tuple(rows)), "concepts/chance")
+    assert open_one is not None
+    assert (open_one.severity, open_one.verdict, open_one.concepts) == ("note", "open", (rows[0].name,))
+    assert "no better" not in open_one.title
+    rows[1] = replace(rows[1], auroc=Interval(0.0, 0.0, 0.0, 90), weight_span=2.0)  # surely the wrong way round
+    sure = of(replace(with_figures(), concepts=tuple(rows)), "concepts/chance")
+    assert sure is not None
+    assert (sure.severity, sure.verdict, sure.concepts) == ("warning", "confirmed", (rows[1].name,))
+    for n, accused in ((3, False), (30, True)):
+        row = GroupRow("test_ood", "split", Interval(0.0, 0.0, 0.6, n), Interval(1.0, 1.0, 1.0, n))
+        assert (of(replace(with_figures(), groups=(row,)), "groups/split/test_ood") is not None) == accused
+
+
 def test_leakage_calibration_groups_and_splits():
     ctl = Figure("concepts/leakage_ctl", "", Interval(0.1, n=100), "number", control=Interval(0.01))
     for low, high, severity in ((0.051, 0.2, "warning"), (0.0, 0.019, "good"), (0.0, 0.2, None)):
