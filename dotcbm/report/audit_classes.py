@@ -39,7 +39,7 @@ def class_figures(g: Gathered) -> Section:
             "classes/balanced_accuracy",
             "Balanced accuracy",
             statistic(lambda rows: float(balanced_accuracy(probability_NK[rows], label_N[rows])), len(columns), settings=settings),
-            control=Interval(1 / max(int(label_N.unique().numel()), 1), n=int(label_N.unique().numel()), over="classes"),
+            control=Interval(rounded(1 / max(int(label_N.unique().numel()), 1)), n=int(label_N.unique().numel()), over="classes"),
             control_label="guessing among the classes of the split",
             note="Mean over the classes of the share of their pictures that are found.",
         ),

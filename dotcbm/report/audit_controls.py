@@ -58,7 +58,7 @@ def control_figures(g: Gathered) -> Section:
             "Head fitted to shuffled labels",
             share(_correct(chance, g.columns.concept_NM, g.columns)),
             better=None,
-            control=Interval(1 / k, n=k, over="classes"),
+            control=Interval(rounded(1 / k), n=k, over="classes"),
             control_label="guessing",
             note="If this is far above guessing, the evaluation itself leaks.",
         )
