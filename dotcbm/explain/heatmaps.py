@@ -58,16 +58,23 @@ def heatmaps(output: ConceptOutput, *, view: View | None = None) -> Tensor:
     if chosen == "evidence":
         if output.evidence_BNM is None:
             raise ValueError(
-                "this model's concept logits are no sums over patches, so there is no 'evidence' view; use 'concept' or 'patch'"
+                f"this model's concept logits are no sums over patches, so there is no 'evidence' view; use {_instead(output)}"
             )
         map_BNM = output.evidence_BNM.clamp(min=0)
     else:
         if output.plan_BNM is None or output.theta_BN is None or output.gamma_BM is None:
-            raise ValueError(f"the {chosen!r} view divides a transport plan, and this model has none; use view='evidence'")
+            raise ValueError(f"the {chosen!r} view divides a transport plan, and this model has none; use {_instead(output)}")
         mass = output.gamma_BM[:, None] if chosen == "concept" else output.theta_BN[..., None]
         # A patch or concept without mass sends and gets nothing: 0 / 0 is 0 here.
         map_BNM = output.plan_BNM / mass.clamp(min=torch.finfo(mass.dtype).tiny)
     return map_BNM.detach().float().transpose(1, 2).unflatten(2, output.grid)
+
+
+def _instead(output: ConceptOutput) -> str:
+    """A view that an output does have, for a hint."""
+    if output.plan_BNM is not None:
+        return "view='concept' or view='patch'"
+    return f"view='{natural_view(output)}'"
 
 
 def gate(map_BMHW: Tensor, concept_BM: Tensor) -> Tensor:

@@ -67,6 +67,9 @@ def test_models_without_a_map_are_told_what_to_do() -> None:
         heatmaps(output(plan=False), view="patch")
     with pytest.raises(ValueError, match="no 'evidence' view"):
         heatmaps(output(evidence=False), view="evidence")
+    for view in ("concept", "evidence"):  # a hint must not send to another view that this model lacks
+        with pytest.raises(ValueError, match="use view='gradcam'"):
+            heatmaps(output(plan=False, evidence=False), view=view)
     with pytest.raises(ValueError, match="no view 'plan'"):
         heatmaps(output(), view="plan")  # pyright: ignore
 
