@@ -142,7 +142,7 @@ def detect(
     Raises:
         ValueError: As `map_boxes` and `concept_truth_boxes`.
     """
-    chosen_BS, score_BS = _most_probable(probability_BM, groups.concept_SM)
+    chosen_BS, score_BS = _most_probable(probability_BM.to(map_BNM.device), groups.concept_SM)
     map_BNS = map_BNM.gather(2, chosen_BS[:, None].expand(-1, map_BNM.shape[1], -1))
     box_BS4 = map_boxes(map_BNS, grid=grid, threshold=threshold)
     truth_BS4 = concept_truth_boxes(box_BS4, part_box_BP4=part_box_BP4, part_mask_MP=groups.part_SP)
@@ -308,21 +308,23 @@ def correct_parts(
     Raises:
         ValueError: The key points are not those of the groups.
     """
-    num_parts = groups.part_SP.shape[1]
+    device, num_parts = peak_BM2.device, groups.part_SP.shape[1]
     if points_BP3.shape[1:] != (num_parts, 3):
         raise ValueError(f"key points have shape {tuple(points_BP3.shape)}; groups of {num_parts} parts need (B, {num_parts}, 3)")
-    chosen_BQ, _ = _most_probable(probability_BM, groups.query_QM)
+    points_BP3, box_B4, size_B2 = points_BP3.to(device), box_B4.to(device), size_B2.to(device)
+    part_SP, group_Q = groups.part_SP.to(device), groups.query_group_Q.to(device)
+    chosen_BQ, _ = _most_probable(probability_BM.to(device), groups.query_QM)
     peak_BQ2 = peak_BM2.double().gather(1, chosen_BQ[..., None].expand(-1, -1, 2))
     # Invisible points may carry any coordinates, NaN among them.
     point_BP2 = torch.where(points_BP3[..., 2:] > 0.5, points_BP3[..., :2], 0.0).double()
-    counts_BQP = (points_BP3[..., 2] > 0.5)[:, None] & groups.part_SP[groups.query_group_Q]
+    counts_BQP = (points_BP3[..., 2] > 0.5)[:, None] & part_SP[group_Q]
     away_BQP2 = (peak_BQ2[:, :, None] - point_BP2[:, None]) * size_B2.flip(1)[:, None, None]
     nearest_BQ = away_BQP2.norm(dim=-1).masked_fill(~counts_BQP, torch.inf).argmin(-1)
     truth_BQ2 = point_BP2.gather(1, nearest_BQ[..., None].expand(-1, -1, 2))
     guess_BQ4, truth_BQ4 = (boxes_around_points(points, box_B4=box_B4, divisor=divisor) for points in (peak_BQ2, truth_BQ2))
     right_BQ = torch.where(counts_BQP.any(-1), (box_iou(guess_BQ4, truth_BQ4) > iou).double(), torch.nan)
-    number_S = torch.bincount(groups.query_group_Q, minlength=len(groups))
-    total_BS = right_BQ.new_zeros(len(right_BQ), len(groups)).index_add(1, groups.query_group_Q, right_BQ)
+    number_S = torch.bincount(group_Q, minlength=len(groups))
+    total_BS = right_BQ.new_zeros(len(right_BQ), len(groups)).index_add(1, group_Q, right_BQ)
     return total_BS / number_S
 
 
@@ -349,6 +351,6 @@ def pcp(
 
 def _most_probable(probability_BM: Tensor, member_QM: Tensor) -> tuple[Tensor, Tensor]:
     """(B, Q) which of each set's concepts has the highest probability (the first among equals), and that probability."""
-    masked_BQM = torch.where(member_QM, probability_BM[:, None], -torch.inf)
+    masked_BQM = torch.where(member_QM.to(probability_BM.device), probability_BM[:, None], -torch.inf)
     score_BQ = masked_BQM.amax(-1) if member_QM.shape[1] else probability_BM.new_zeros(len(probability_BM), len(member_QM))
     return masked_BQM.argmax(-1), score_BQ

@@ -16,6 +16,7 @@ from dotcbm.metrics.detection import (
     APN_GROUPS,
     THRESHOLDS,
     Detections,
+    _most_probable,
     average_precision_at_iou,
     box_hits,
     box_iou,
@@ -405,3 +406,23 @@ def test_bad_input_is_named() -> None:
             torch.rand(12, 7, 2), c["probability"], points_BP3=torch.ones(12, 4, 3), box_B4=c["box_B4"], size_B2=c["size_B2"],
             groups=part_groups(BIRDS),
         )  # fmt: skip
+
+
+def test_a_vocabulary_follows_its_maps_to_another_device():
+    if not torch.cuda.is_available():
+        # "meta" is the one other device of every machine: it has shapes and no values, which is enough to see tensors meet.
+        chosen, score = _most_probable(torch.rand(2, 7, device="meta"), part_groups(BIRDS).concept_SM)
+        assert chosen.device == score.device == torch.device("meta")
+        return
+    groups, g = part_groups(BIRDS), torch.Generator().manual_seed(0)
+    maps, concept = torch.rand(3, 6, 7, generator=g), torch.rand(3, 7, generator=g)
+    points = torch.cat([torch.rand(3, len(BIRD), 2, generator=g), torch.ones(3, len(BIRD), 1)], -1)
+    frame, size = torch.tensor([[0.1, 0.1, 0.9, 0.9]] * 3), torch.tensor([[40, 50]] * 3)
+    boxes = boxes_around_points(points[..., :2], box_B4=frame)
+    here, there = (detect(m, concept.to(m.device), grid=(2, 3), part_box_BP4=boxes, groups=groups) for m in (maps, maps.cuda()))
+    assert torch.equal(here.iou_BS, there.iou_BS.cpu())
+    found = [
+        pcp(m, concept.to(m.device), grid=(2, 3), points_BP3=points, box_B4=frame, size_B2=size, groups=groups)[0]
+        for m in (maps, maps.cuda())
+    ]
+    assert found[0] == pytest.approx(found[1], abs=1e-9, nan_ok=True)
