@@ -62,6 +62,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     from dotcbm.cli.config_parser import ConfigError
     from dotcbm.cli.run_config import read_run_config
     from dotcbm.hub import CardInfo, from_pretrained
+    from dotcbm.report.audit_model import without_paths
     from dotcbm.report.edit import edit_model
     from dotcbm.report.edit_render import write_edited
 
@@ -83,7 +84,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         head=_head_settings(config.model),
         seed=given.seed,
     )
-    card = CardInfo(data=f"`{config.data.source!r}`", metrics=dict(edited.edit.figures), command=f"dotcbm {command}")
+    card = CardInfo(data=f"`{without_paths(repr(config.data.source))}`", metrics=dict(edited.edit.figures), command=f"dotcbm {command}")
     folder = write_edited(edited, given.out, config=_config_of(config.text), card=card)
     _say(edited)
     print(f"model: {folder / 'model'}\nreport: {folder / 'edit.html'}\nnext: dotcbm audit --config {folder / 'config.yaml'}")

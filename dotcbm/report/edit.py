@@ -32,10 +32,11 @@ from dotcbm.data.concepts import compare_concepts
 from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.models.concept_model import ConceptModel
 from dotcbm.models.edits import Edit
+from dotcbm.report.audit_model import without_paths
 from dotcbm.report.edit_figures import ChangeRow, Scored, change_rows
 from dotcbm.report.edit_head import RefitHead, concept_inputs, refit_head
 from dotcbm.report.edit_log import HeadSettings, method_of, notes_of
-from dotcbm.report.edit_names import asked
+from dotcbm.report.edit_names import asked, known_group_names
 from dotcbm.report.edit_weights import Reweighting
 from dotcbm.report.edit_weights import reweight as weights_of
 from dotcbm.training.head_fit import check_reads_truth, true_head_input
@@ -182,7 +183,7 @@ def edit_model(
     rows: list[ChangeRow] = []
     for split in splits or data.evaluate_splits:
         scored = _scored(_read(model, data, split, annotations), data, split, versions)
-        group_names = tuple(getattr(data.source, "group_names", ()))
+        group_names = known_group_names(data.source)
         rows += change_rows(scored, class_names=model.concepts.class_names, group_names=group_names, num_draws=num_draws, seed=seed)
     edit = Edit(
         by=by.strip(),
@@ -193,7 +194,7 @@ def edit_model(
         scaled=tuple(scaled.items()),
         reweighted=reweight,
         method=method_of(head, chosen, len(labels), reweighting),
-        data=f"{data.source!r}, split train",
+        data=f"{without_paths(repr(data.source))}, split train",
         figures=tuple(
             (f"{row.split}/{row.name}, {version.name}", value.value)
             for row in rows

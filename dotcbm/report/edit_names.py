@@ -6,9 +6,12 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 
+from dotcbm.data.source import ConceptSource
+from dotcbm.data.synthetic import SCENES, Synthetic
+from dotcbm.data.waterbirds import GROUP_NAMES, Waterbirds
 from dotcbm.models.concept_model import ConceptModel
 
-__all__ = ["asked", "concept_named"]
+__all__ = ["asked", "concept_named", "known_group_names"]
 
 
 def concept_named(name: str, known: Sequence[str]) -> str:
@@ -30,6 +33,15 @@ def concept_named(name: str, known: Sequence[str]) -> str:
     shown = list(dict.fromkeys([*(by_lower[low] for low in near), *containing]))[:3]
     hint = f"did you mean {', '.join(map(repr, shown))}?" if shown else f"it has {len(known)}, {known[0]!r} for one"
     raise ValueError(f"the model has no concept {name!r}; {hint}")
+
+
+def known_group_names(source: ConceptSource) -> tuple[str, ...]:
+    """What a source calls its sub-populations, in the order of their numbers; empty where it has no names for them."""
+    if isinstance(source, Waterbirds):
+        return GROUP_NAMES
+    if isinstance(source, Synthetic):
+        return tuple(f"{name} on {scene}" for name in source.concepts.class_names for scene in SCENES)
+    return ()
 
 
 def asked(

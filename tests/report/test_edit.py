@@ -18,6 +18,8 @@ from torch import nn
 
 from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.data.source import ConceptDataset
+from dotcbm.data.synthetic import SCENES, Synthetic
+from dotcbm.data.waterbirds import GROUP_NAMES, Waterbirds
 from dotcbm.encoders.image import ImageEncoder
 from dotcbm.hub import from_pretrained, save_pretrained
 from dotcbm.models.base import Bottleneck
@@ -28,7 +30,7 @@ from dotcbm.report.compare_statistics import draw_counts
 from dotcbm.report.edit import BEFORE, CONTROL, REFIT, REWEIGHTED, ZEROED, HeadSettings, edit_model
 from dotcbm.report.edit_figures import Scored, change_rows
 from dotcbm.report.edit_head import concept_inputs, refit_head
-from dotcbm.report.edit_names import concept_named
+from dotcbm.report.edit_names import concept_named, known_group_names
 from dotcbm.report.edit_render import html, write_edited
 from dotcbm.report.edit_weights import reweight
 from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
@@ -45,6 +47,13 @@ class GroupedSource(TinySource):
     def load(self, split: str) -> ConceptDataset:
         dataset = super().load(split)
         return replace(dataset, group_N=(torch.arange(len(dataset)) // 4) % 2)
+
+
+@dataclass(frozen=True)
+class PlacedSource(TinySource):
+    """Printed with the folder that it lies in."""
+
+    root: str = "/home/somebody/birds"
 
 
 class Embedded(Bottleneck):
@@ -363,6 +372,25 @@ def test_rows_are_accuracies_with_paired_intervals():
     assert worst.values[1].value == pytest.approx(min(row.values[1].value for row in rows if row.kind == "group"))
     assert rows[-1].values[0].value is None
     assert rows[-1].p == (None, None)
+
+
+def test_the_log_says_which_data_but_not_where_it_lay(model, tmp_path):
+    placed = ConceptDataModule(PlacedSource(), batch_size=8, cache_dir=str(tmp_path / "cache"))
+    edited = edit_model(model, placed, remove=["left"], head=FIXED, num_draws=10, **WHO)
+    assert "PlacedSource(" in edited.edit.data
+    assert "root='birds'" in edited.edit.data
+    assert "somebody" not in html(edited)
+
+
+def test_groups_have_the_names_that_their_source_gives():
+    drawn = Synthetic(num_train=8, num_val=1, num_test=8)
+    names = known_group_names(drawn)
+    dataset = drawn.load("test")
+    assert dataset.group_N is not None
+    for label, group in zip(dataset.label_N.tolist(), dataset.group_N.tolist()):
+        assert names[group] == f"{drawn.concepts.class_names[label]} on {SCENES[group % len(SCENES)]}"
+    assert known_group_names(Waterbirds("somewhere", cub_root="elsewhere")) == GROUP_NAMES
+    assert known_group_names(GroupedSource()) == ()
 
 
 def test_the_log_goes_through_the_hub_and_grows(model, data, tmp_path):
