@@ -85,9 +85,10 @@ def audit(
         errors, rest = chosen_pictures(gathered)
         made = partial(cards, gathered, read_on=card.head_on)
         record = replace(record, errors=made(errors), cards=made(rest), grid=thumbnails(gathered))
-        record = replace(record, absent=(*record.absent, *withheld(settings)))
     record = replace(record, findings=find_all(record))
     record = replace(record, summary=summary(record))
+    if settings.depth == "full":
+        record = replace(record, absent=(*record.absent, *withheld(settings)))  # after the summary, which counts what was not measured
     store.clear()
     return record
 

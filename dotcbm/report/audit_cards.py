@@ -220,7 +220,7 @@ def withheld(settings: AuditSettings) -> tuple[Absence, ...]:
     """What an audit without photos does not show, and why."""
     if settings.pictures:
         return ()
-    reason = "photos are left out: this audit was made without them (setting `pictures`), as for data whose licence forbids showing them"
+    reason = "photos are left out: this audit was made without them, as for data whose licence forbids showing them"
     return (
         Absence("errors", "the photos", f"{reason}; maps, contributions and sliders are there"),
         Absence("pictures", "the photos", f"{reason}; maps, contributions and sliders are there"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dotcbm.data.batches import mix_seed
 from dotcbm.metrics.robustness import independent_gap
 from dotcbm.report.audit_tools import Gathered, Section, difference, interval, share
 from dotcbm.report.collect import Columns
@@ -15,6 +16,7 @@ from dotcbm.report.record import Absence, Figure, GroupRow, Interval
 
 __all__ = ["group_figures", "group_names", "group_rows", "paired_rows"]
 
+_DEALT = 0xDEA17  # separates the deals of answers from the other uses of the seed
 _LEAST = 10  # pictures: smaller groups have a row and are not called the worst
 
 
@@ -75,6 +77,24 @@ def _gap(g: Gathered, other: Columns) -> Interval:
     return interval(independent_gap(g.columns.correct_N, other.correct_N), n=len(other))
 
 
+def _dealt_gap(g: Gathered, other: Columns) -> Interval:
+    """The gap that chance makes: each object's two answers are dealt to the splits at random (all answers, where none are shared)."""
+    drawn = torch.Generator().manual_seed(mix_seed(g.settings.seed, _DEALT))
+    ours, theirs = paired_rows(g.columns, other)
+    num = g.settings.num_draws
+    if len(ours):
+        gap_n = g.columns.correct_N[ours] - other.correct_N[theirs]
+        sign_Sn = 2.0 * torch.randint(2, (num, len(gap_n)), generator=drawn) - 1
+        gap_S = sign_Sn.double() @ gap_n / len(gap_n)
+        n = len(gap_n)
+    else:
+        n, all_N = len(other), torch.cat([g.columns.correct_N, other.correct_N])
+        dealt_SN = torch.stack([all_N[torch.randperm(len(all_N), generator=drawn)] for _ in range(num)])
+        gap_S = dealt_SN[:, n:].mean(1) - dealt_SN[:, :n].mean(1)
+    low, high = torch.quantile(gap_S, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return interval((float(gap_S.mean()), low, high), n=n)
+
+
 def group_figures(g: Gathered) -> Section:
     """The worst group, accuracy and gap of the other splits, and usual against unusual surroundings."""
     section, columns = Section(), g.columns
@@ -103,6 +123,8 @@ def group_figures(g: Gathered) -> Section:
                 f"groups/gap_{other.split}",
                 f"Accuracy on {columns.split} minus {other.split}",
                 _gap(g, other),
+                control=_dealt_gap(g, other),
+                control_label="the answers dealt to the splits at random",
                 unit="points",
                 better="lower",
                 note="Of the same pictures where names match.",

@@ -152,7 +152,7 @@ def _detection(g: Gathered, name: str) -> list[Figure]:
                 mean_of_pairs(hits[0], settings=g.settings),
                 control=mean_of_pairs(hits[1], settings=g.settings),
                 control_label=g.control_label,
-                note="Share of the visible parts; box as above.",
+                note="Share of the visible parts. One box around what is above 0.6 of the map's maximum.",
             )
         )
     if f"pcp/{name}" in g.columns.places:

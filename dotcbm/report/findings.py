@@ -46,7 +46,7 @@ def summary(record: AuditRecord) -> str:
     bad = [finding for finding in record.findings if finding.severity in ("critical", "warning")]
     good = sum(finding.severity == "good" for finding in record.findings)
     if bad:
-        said.append(f"Gravest of {len(bad)} warnings: {bad[0].title}")
+        said.append(f"{f'Gravest of {len(bad)} findings' if len(bad) > 1 else 'The finding'} against it: {bad[0].title}")
     else:
         said.append("No rule of the audit raised a warning.")
     said.append(f"{good} checks were passed, {len(record.absent)} could not be made.")
@@ -150,19 +150,23 @@ def _splits(record: AuditRecord) -> list[Finding]:
     for row in record.groups:
         if row.kind != "split" or row.gap is None or row.gap.n < LEAST or row.gap.low is None or row.gap.low <= _GAP:
             continue
+        figure = find(record, f"groups/gap_{row.name}")
+        control = None if figure is None else figure.control
+        chance = None if control is None else control.high
         found.append(
             Finding(
                 f"groups/split/{row.name}",
                 "warning",
                 f"On {row.name} the accuracy is {100 * (row.gap.value or 0):.0f} points lower.",
-                f"Accuracy on {record.card.split} minus {row.name}, of the same objects where names match.",
+                f"Accuracy on {record.card.split} minus {row.name}, of the same objects where names match. The control says whether chance "
+                "could do it, not what in the pictures does.",
                 row.gap,
                 "points",
                 _GAP,
                 f"lower end of the interval above {100 * _GAP:g} points",
-                Interval(0.0),
-                "no difference",
-                "open",
+                control or Interval(0.0),
+                figure.control_label if figure is not None and control is not None else "no difference",
+                "open" if chance is None else "confirmed" if row.gap.low > chance else "refuted",
                 "groups",
             )
         )

@@ -17,6 +17,7 @@ from dotcbm.report.render_numbers import interval_text, number, with_unit
 
 __all__ = ["Series", "domain_of", "dot_range", "icon", "line_chart", "reliability_chart", "swatch"]
 
+_SMALL = 0.1  # shares up to which an axis from 0 to 100 % shows no difference
 _ICONS = {
     "critical": '<path class="fill" d="M5 1h6l4 4v6l-4 4H5l-4-4V5z"/><path class="cut" d="M8 4v5M8 11v1.4"/>',
     "warning": '<path class="fill" d="M8 1l7.3 13.5H.7z"/><path class="cut" d="M8 6v4M8 11.6v1.4"/>',
@@ -77,13 +78,14 @@ def dot_range(
         unit: Of all.
         control: Of the control.
         threshold: None for none.
-        domain: Values at the left and right end; chosen from what is shown if None, zero always in it.
+        domain: Values at the left and right end; chosen from what is shown if None, zero always in it. Shares stand on 0 to 100 %,
+            but for small ones on an axis with numbers.
         tall: With numbers at the ends of the axis.
     """
     if measured.value is None:
         return ""
     low, high = domain or domain_of([measured, control, None if threshold is None else Interval(threshold)])
-    if domain is None and unit == "percent" and low >= 0 and high <= 1:
+    if domain is None and unit == "percent" and low >= 0 and high <= 1 and not (tall and high <= _SMALL):
         low, high = 0.0, 1.0
     width, left, right = (240.0, 8.0, 8.0) if tall else (120.0, 5.0, 5.0)
     two = control is not None and control.value is not None

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from dotcbm.report.record import AuditRecord, ConceptRow, Figure, Finding, Interval, Unit
-from dotcbm.report.render_numbers import cases, interval_text, number, signed, span, with_unit
+from dotcbm.report.render_numbers import NO_CONTROL, cases, interval_text, number, signed, span, with_unit
 from dotcbm.report.render_views import SHOWING, confused_pairs, headline, sections
 
 __all__ = ["markdown"]
@@ -87,7 +87,7 @@ def _findings(record: AuditRecord) -> list[str]:
             interval_text(finding.measured, finding.unit),
             control,
             rule,
-            _VERDICTS[finding.verdict],
+            _VERDICTS[finding.verdict] if finding.control else NO_CONTROL,
         )
 
     return _table(("severity", "finding", "measured", "control", "threshold and rule", "verdict"), map(row, record.findings))

@@ -8,9 +8,12 @@ from dataclasses import replace
 
 from dotcbm.report.record import Interval, Unit
 
-__all__ = ["UNIT_SIGN", "cases", "interval_text", "logit", "number", "signed", "span", "with_unit"]
+__all__ = ["NO_CONTROL", "UNIT_SIGN", "cases", "interval_text", "logit", "number", "signed", "span", "with_unit"]
 
 UNIT_SIGN: dict[Unit, str] = {"percent": " %", "points": " points", "number": "", "bits": " bits"}
+NO_CONTROL = "no control: the figure itself decides"
+"""What is said of findings that have none, such as counts of labels."""
+
 _MINUS = "−"
 _THIN = "\u202f"  # between thousands: the line must not break there
 

@@ -23,6 +23,7 @@ __all__ = [
     "confused_pairs",
     "headline",
     "key_figures",
+    "map_trust",
     "matrix_png",
     "sections",
 ]
@@ -139,6 +140,15 @@ def key_figures(record: AuditRecord) -> tuple[Figure, ...]:
         asked = [figure for name in names for figure in known if figure.key.startswith(f"{section}/{name}")]
         chosen += (asked or known)[:1]
     return tuple(chosen[:4])
+
+
+def map_trust(record: AuditRecord) -> Figure | None:
+    """The figure that says how far the maps of the cards can be believed, with its control; None where nothing measures it."""
+    for name in _KEY_FIGURES["parts"]:
+        for figure in record.figures:
+            if figure.key.startswith(f"parts/{name}") and figure.value.value is not None and figure.control is not None:
+                return figure
+    return None
 
 
 def headline(findings: Sequence[Finding]) -> Headline:

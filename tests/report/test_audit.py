@@ -163,6 +163,19 @@ def test_figures_can_be_computed_again_from_the_columns(record):
     assert gain == pytest.approx((record.figure("parts/pointing_mask_plan").value.value or 0) - (control.value or 0), abs=2e-6)
 
 
+def test_the_gap_of_a_split_stands_beside_the_gap_of_chance(record):
+    figure = record.figure("groups/gap_test_ood")
+    control = figure.control
+    assert control is not None
+    assert control.n == figure.value.n == 48
+    assert control.value == pytest.approx(0, abs=0.05)
+    assert control.low is not None
+    assert control.high is not None
+    changed = round(abs(figure.value.value or 0) * 48)  # of so many pictures at least the answer turned from right to wrong
+    assert control.high >= changed**0.5 / 48  # a fair coin's deviation for each
+    assert control.low < 0 < control.high
+
+
 def test_cards_follow_the_sliders(record, dot):
     assert record.card.head_on == "probability"
     card = record.errors[0]
@@ -313,6 +326,7 @@ def test_without_photos_all_else_stays(record, dot, cache, tmp_path):
         assert without == replace(with_photo, image="")
     assert (found.figures, found.findings, found.pictures) == (record.figures, record.findings, record.pictures)
     assert dict(found.card.audit)["pictures"] == "False"
+    assert found.summary == record.summary
     said = {row.section: row.reason for row in found.absent if row not in record.absent}
     assert set(said) == {"errors", "pictures", "grid"}
     assert all(reason.startswith("photos are left out: ") for reason in said.values())

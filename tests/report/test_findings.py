@@ -189,6 +189,13 @@ def test_leakage_calibration_groups_and_splits():
     split = GroupRow("test_ood", "split", Interval(0.4), Interval(0.3, 0.051, 0.5, 100))
     assert of(replace(with_figures(), groups=(split,)), "groups/split/test_ood") is not None
     assert of(replace(with_figures(), groups=(replace(split, gap=Interval(0.3, 0.05, 0.5)),)), "groups/split/test_ood") is None
+    for high, verdict in ((0.02, "confirmed"), (0.06, "refuted")):
+        gap = Figure(
+            "groups/gap_test_ood", "", split.gap or Interval(None), "points", control=Interval(0.0, -high, high), control_label="dealt"
+        )
+        held = of(replace(with_figures(gap), groups=(split,)), "groups/split/test_ood")
+        assert held is not None
+        assert (held.verdict, held.control_label) == (verdict, "dealt")
     residual = Figure("parts/transport_residual_max", "", Interval(0.011, n=9), "number", "lower")
     assert of(with_figures(residual), "parts/residual") is not None
     box = Figure("parts/detection_correct_plan", "", Interval(0.1, 0.05, 0.19, 90), control=Interval(0.2), control_label="the prior")

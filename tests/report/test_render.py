@@ -19,13 +19,13 @@ import pytest
 from fakes.audit_record import HOSTILE, bare, make_record
 from PIL import Image
 
-from dotcbm.report.record import AuditRecord, Finding, Interval, Reliability
+from dotcbm.report.record import AuditRecord, Figure, Finding, Interval, Reliability
 from dotcbm.report.record_file import record_from_json, record_to_json
 from dotcbm.report.render import _probabilities, html, markdown, write_html, write_markdown, write_pdf
 from dotcbm.report.render_charts import Series, domain_of, dot_range, line_chart, reliability_chart
 from dotcbm.report.render_heat import heat_png, outline
 from dotcbm.report.render_numbers import cases, interval_text, logit, number, signed, span, with_unit
-from dotcbm.report.render_views import SECTIONS, headline, key_figures, sections
+from dotcbm.report.render_views import SECTIONS, headline, key_figures, map_trust, sections
 
 _VOID = {"meta", "link", "img", "input", "br"}
 
@@ -192,6 +192,26 @@ def test_all_concepts_are_in_the_table() -> None:
         assert f'<th scope="row">{concept.name}</th>' in table
 
 
+def test_maps_stand_beside_what_they_are_worth() -> None:
+    assert map_trust(record()) is None  # it has no pointing
+    figure = Figure("parts/pointing_0.1_plan", "Pointing", Interval(0.585), control=Interval(0.542), control_label="the prior")
+    assert figure.control is not None
+    measured = replace(record(), figures=(*record().figures, figure))
+    text = _Page(html(measured)).text
+    assert map_trust(measured) == figure
+    assert text.count("How far to believe the maps: Pointing, 58.5 %; the prior reaches 54.2 %.") == 2
+    assert map_trust(bare(record())) is None
+    assert "How far to believe" not in _Page(html(bare(record()))).text
+
+
+def test_a_finding_without_a_control_does_not_claim_one() -> None:
+    lone = replace(record(), findings=(replace(_finding("note", "confirmed"), control=None),))
+    text = _Page(html(lone)).text
+    assert "no control: the figure itself decides" in text
+    assert "confirmed by its control Evidence" not in text
+    assert "no control: the figure itself decides" in markdown(lone)
+
+
 def test_the_page_holds_the_record_and_each_picture_once() -> None:
     text = html(record())
     held = re.search(r'<script type="application/json" id="record">(.*?)</script>', text, re.DOTALL)
@@ -288,6 +308,10 @@ def test_a_dot_stands_where_its_value_is() -> None:
     assert math.isclose(line - dot, diamond - line)
     assert 'aria-label="measured 25.0 % (95 % interval 20.0 to 30.0); control 75.0 %; threshold 50.0 %"' in drawn
     assert dot_range(Interval(None)) == ""
+    small = dot_range(Interval(0.002), "percent", control=Interval(0.008), tall=True)  # apart, and the axis says its scale
+    dot, diamond = (float(re.findall(pattern, small)[0]) for pattern in (r'measured" cx="([\d.]+)"', r'control" d="M([\d.]+)'))
+    assert diamond - dot > 100
+    assert ">0.8</text>" in small
 
 
 @pytest.mark.parametrize("values", [(0.34, 0.41, -0.02), (1e-5, 3e-5, 0.0), (-7.0, -3.0, -1.0), (123.0, 456.0, 1.0), (0.0, 0.0, 0.0)])
