@@ -26,6 +26,7 @@ _USUAL = 0.05
 _DATA, _STRONG_DATA = 0.10, 0.30  # above the largest class's share: worth a note; a planted shortcut
 _LEAST_CLASS_FALL = 0.05  # for a class to be named in a title
 _MOST_NAMED = 3
+_NAMED = " The classes and concepts named each fall surely on these pictures, but many are tried: other draws may name others."
 
 
 def _background(record: AuditRecord) -> list[Finding]:
@@ -41,7 +42,7 @@ def _background(record: AuditRecord) -> list[Finding]:
                 "critical",
                 f"The model reads the background: on another class's background its accuracy falls by {points(fall.value.value)} points"
                 f"{_through(classes, concepts)}.",
-                detail,
+                detail + (_NAMED if classes or concepts else ""),
                 fall.value,
                 "points",
                 SHORTCUT_FALL,
