@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fakes.doubled import Doubled
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.concept_model import ConceptModel
-from dotcbm.structures import ConceptOutput, ConceptSet, PatchFeatures, Preprocessing, Problem
+from dotcbm.structures import ConceptSet, PatchFeatures, Preprocessing, Problem
 
 NAMES = ("red wing", "blue head", "striped body", "long tail", "yellow legs", "crest")
 GROUPS = ("wing", "head", "body", "tail", "legs", "head")
@@ -34,28 +35,6 @@ class ColourEncoder(nn.Module):
 
     def fingerprint(self) -> str:
         return "colours"
-
-
-class Doubled(Bottleneck):
-    """No maps, and a head that reads two numbers of each concept: probability times a number of the picture, and its square."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem, settings={})
-        self.concept = nn.Linear(problem.patch_width, problem.concepts.num_concepts)
-        self.head = nn.Linear(2 * problem.concepts.num_concepts, problem.concepts.num_classes)
-
-    def forward(self, features: PatchFeatures) -> ConceptOutput:
-        pooled = features.patch_BND.mean(1)
-        logit_BM, context_BX = self.concept(pooled), pooled.exp()
-        return ConceptOutput(logit_BM, self.classify(logit_BM, context_BX), features.grid, context_BX=context_BX)
-
-    def head_input(self, concept_logit_BM: Tensor, context_BX: Tensor | None = None) -> Tensor:
-        assert context_BX is not None
-        p = concept_logit_BM.sigmoid()
-        return torch.stack([p * context_BX[:, :1], p**2], -1).flatten(1)
-
-    def contributions(self, concept_logit_BM: Tensor, context_BX: Tensor | None = None) -> Tensor:
-        return (self.head.weight * self.head_input(concept_logit_BM, context_BX)[:, None]).unflatten(2, (-1, 2)).sum(3)
 
 
 @pytest.fixture
