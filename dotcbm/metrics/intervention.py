@@ -235,6 +235,8 @@ def _greedy_order(classify: Classify, logit_NM: Tensor, true_NM: Tensor, label_N
 
 def _quantile(value_NM: Tensor, q: float) -> Tensor:
     """(M,) quantile of each column's values that are not NaN; column by column, since torch refuses more than 2^24 values at once."""
+    if value_NM.dtype not in (torch.float32, torch.float64):
+        value_NM = value_NM.float()  # torch has no quantiles of half precision
     return torch.stack([column_N.nanquantile(q) for column_N in value_NM.T])
 
 

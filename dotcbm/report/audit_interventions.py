@@ -38,7 +38,10 @@ def interventions(g: Gathered) -> Interventions:
         section.absent.append(Absence("interventions", "all of it", "no concept is known for any picture of the split"))
         return Interventions(section, ())
     curves: list[InterventionCurve] = []
-    bounds = logit_bounds(g.train.concept_logit_NM, g.train.truth_NM)
+    # A teacher's training labels are scores, which say of no picture that a concept is there: then the percentiles stand alone.
+    truth_NM = g.train.truth_NM
+    scored = bool(((truth_NM != 0) & (truth_NM != 1) & ~truth_NM.isnan()).any())
+    bounds = logit_bounds(g.train.concept_logit_NM, None if scored else truth_NM)
     for columns in (g.columns, *g.others):
         for policy in get_args(Policy):
             curve = _curve(g, columns, bounds, policy)

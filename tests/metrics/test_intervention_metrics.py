@@ -181,3 +181,16 @@ def test_bad_input_is_named(change, message):
     names = ("classify", "concept_logit_NM", "truth_NM", "label_N", "group_M", "bounds")
     with pytest.raises(ValueError, match=message):
         intervention_curve(**{**dict(zip(names, world())), "policy": "random", **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_of_half_precision_have_bounds(dtype):
+    classify, logit, truth, label, group, _ = world()
+    low, high = logit_bounds(logit.to(dtype), truth)
+    rough = logit.to(dtype).float()
+    assert torch.equal(low, logit_bounds(rough, truth)[0])
+    assert torch.equal(high, logit_bounds(rough, truth)[1])
+    curve = intervention_curve(
+        lambda x, rows: classify(x.float(), rows), logit.to(dtype), truth, label, group, (low, high), policy="random"
+    )
+    assert curve.accuracy_S[-1] > curve.accuracy_S[0]
