@@ -14,7 +14,7 @@ from dotcbm.report.audit_tools import Gathered, Section, difference, interval, s
 from dotcbm.report.collect import Columns
 from dotcbm.report.record import Absence, Figure, GroupRow, Interval
 
-__all__ = ["group_figures", "group_names", "group_rows", "paired_rows"]
+__all__ = ["dealt_gap", "group_figures", "group_names", "group_rows", "paired_rows"]
 
 _DEALT = 0xDEA17  # separates the deals of answers from the other uses of the seed
 _LEAST = 10  # pictures: smaller groups have a row and are not called the worst
@@ -77,7 +77,7 @@ def _gap(g: Gathered, other: Columns) -> Interval:
     return interval(independent_gap(g.columns.correct_N, other.correct_N), n=len(other))
 
 
-def _dealt_gap(g: Gathered, other: Columns) -> Interval:
+def dealt_gap(g: Gathered, other: Columns) -> Interval:
     """The gap that chance makes: each object's two answers are dealt to the splits at random (all answers, where none are shared)."""
     drawn = torch.Generator().manual_seed(mix_seed(g.settings.seed, _DEALT))
     ours, theirs = paired_rows(g.columns, other)
@@ -123,7 +123,7 @@ def group_figures(g: Gathered) -> Section:
                 f"groups/gap_{other.split}",
                 f"Accuracy on {columns.split} minus {other.split}",
                 _gap(g, other),
-                control=_dealt_gap(g, other),
+                control=dealt_gap(g, other),
                 control_label="the answers dealt to the splits at random",
                 unit="points",
                 better="lower",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from dotcbm.models.linear_probe import LinearProbe
 from dotcbm.report import collect as collecting
 from dotcbm.report.audit import AuditSettings, audit
 from dotcbm.report.audit_concepts import auroc_draws
+from dotcbm.report.audit_groups import dealt_gap
 from dotcbm.report.audit_model import without_paths
 from dotcbm.report.collect_store import Store, digest
 from dotcbm.report.record import AuditRecord
@@ -163,17 +165,23 @@ def test_figures_can_be_computed_again_from_the_columns(record):
     assert gain == pytest.approx((record.figure("parts/pointing_mask_plan").value.value or 0) - (control.value or 0), abs=2e-6)
 
 
-def test_the_gap_of_a_split_stands_beside_the_gap_of_chance(record):
-    figure = record.figure("groups/gap_test_ood")
-    control = figure.control
-    assert control is not None
-    assert control.n == figure.value.n == 48
-    assert control.value == pytest.approx(0, abs=0.05)
-    assert control.low is not None
-    assert control.high is not None
-    changed = round(abs(figure.value.value or 0) * 48)  # of so many pictures at least the answer turned from right to wrong
-    assert control.high >= changed**0.5 / 48  # a fair coin's deviation for each
-    assert control.low < 0 < control.high
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_gap_of_chance_has_the_spread_of_fair_coins(record, shared):
+    """36 of 400 answers turn wrong: dealt pairs spread like 36 coins, dealt single answers like two draws from the pool."""
+    right_N, num = torch.ones(400, dtype=torch.float64), 400
+    fewer_N = right_N.clone()
+    fewer_N[:36] = 0
+    ours = SimpleNamespace(correct_N=right_N, pair_name=lambda n: f"{n}")
+    theirs = SimpleNamespace(correct_N=fewer_N, pair_name=lambda n: f"{n}" if shared else f"other {n}")
+    sized = [type("Sized", (SimpleNamespace,), {"__len__": lambda self: num})(**vars(one)) for one in (ours, theirs)]
+    gathered: Any = SimpleNamespace(columns=sized[0], settings=replace(QUICK, num_draws=4000))
+    found = dealt_gap(gathered, sized[1])  # pyright: ignore
+    pool = 36 / 800 * (1 - 36 / 800)
+    deviation = 36**0.5 / num if shared else (pool * 2 / num) ** 0.5
+    assert found.n == num
+    assert found.value == pytest.approx(0, abs=deviation / 10)
+    assert (found.low, found.high) == pytest.approx((-1.96 * deviation, 1.96 * deviation), rel=0.12)
+    assert record.figure("groups/gap_test_ood").control is not None
 
 
 def test_cards_follow_the_sliders(record, dot):

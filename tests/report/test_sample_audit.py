@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,13 @@ class Visit:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     path = next((found for name in _NAMES if (found := shutil.which(name))), None)
-    try:
-        from playwright.sync_api import sync_playwright
-    except ModuleNotFoundError:
-        path = None
-    if path is None:
+    if path is None or find_spec("playwright") is None:
         reason = f"no playwright, or none of {', '.join(_NAMES)} on the path"
         if os.environ.get("DOTCBM_REQUIRE_BROWSER"):
             pytest.fail(f"{reason}, and DOTCBM_REQUIRE_BROWSER says that browser tests must run")
         pytest.skip(reason)
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield chromium
