@@ -37,7 +37,7 @@ class Promise:
 
 PROMISES = {
     "heatmaps": Promise(7, ("of the classes right", "always saying no", "strength of the features", "95 % interval", "without the box")),
-    "intervene": Promise(9, ("in truth", "speaks for", "without", "no weight on", "control: another picture's concepts", "area")),
+    "intervene": Promise(9, ("in truth", "speaks for", "without", "no weight on", "control: another class's concepts", "area")),
     "read_an_audit": Promise(1, ("rule:", "control (", "the record says:", "the record says (parts/", "could not be measured", "written:")),
     "compare_models": Promise(3, ("DotCBM and CBM", "(paired)", "McNemar p =", "concepts in AUROC differ beyond chance", "written:")),
 }
