@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from dotcbm.data.datamodule import ConceptDataModule
+    from dotcbm.data.source import ConceptDataset
 
 __all__ = ["Neighbour", "Neighbours", "PredictionTable", "nearest_pictures", "predict_table", "read_table", "surest_pictures"]
 
@@ -118,8 +120,15 @@ def predict_table(model: ConceptModel, data: ConceptDataModule, *, split: str = 
         concept_names=model.concepts.names,
         concept_NM=torch.cat(parts),
         classes=tuple(class_names[k] for k in dataset.label_N.tolist()),
-        read=dataset.read_image,
+        read=partial(_read, dataset),
     )
+
+
+def _read(dataset: ConceptDataset, row: int) -> Tensor:
+    """Row `row` of a split, which may be a subset of what the source reads."""
+    picture = dataset.sample(row, masks=False).image
+    assert picture is not None
+    return picture
 
 
 def read_table(path: Path, *, concepts: ConceptSet, pictures: Path | None = None) -> PredictionTable:

@@ -74,6 +74,10 @@ def test_a_split_is_predicted_in_order_and_its_pictures_can_be_read() -> None:
     torch.testing.assert_close(table.concept_NM[11], model.predict(table.read(11)).concept_BM[0], atol=1e-5, rtol=1e-4)
     own = nearest_pictures(explain(model, table.read(11)), table, n=1).found[0]
     assert own.value < 1e-4
+    # With a validation part carved out, the rows of the training split are no longer those of the source.
+    carved = predict_table(model, ConceptDataModule(source, batch_size=7, val_fraction=0.3, cache_dir=None), split="val")
+    assert carved.read is not None
+    torch.testing.assert_close(carved.concept_NM[3], model.predict(carved.read(3)).concept_BM[0], atol=1e-5, rtol=1e-4)
     other = ConceptDataModule(TinySource(names=CONCEPTS[:3]), val_fraction=0.0, cache_dir=None)
     with pytest.raises(ValueError, match="give the data that the model was trained on"):
         predict_table(model, other)
