@@ -272,6 +272,17 @@ def test_doctor_says_what_is_missing(monkeypatch, capsys):
     assert main(["doctor"]) == 1
 
 
+def test_doctor_knows_every_extra_of_the_package():
+    from dotcbm.cli.doctor import _EXTRAS
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(_EXTRAS) - {""} == set(project["optional-dependencies"]) - {"all", "dev"}
+    for extra, (_, packages) in _EXTRAS.items():
+        asked = project["optional-dependencies"][extra] if extra else project["dependencies"]
+        names = {re.split(r"[\[<>=~!]", line)[0] for line in asked} - {"dotcbm"}
+        assert set(packages) == names
+
+
 def test_doctor_without_torch(tmp_path):
     code = "import sys; sys.modules['torch'] = None; from dotcbm.cli import main; raise SystemExit(main(['doctor']))"
     done = run_python(code, folder=tmp_path)

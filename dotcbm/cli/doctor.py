@@ -25,6 +25,8 @@ _EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "text": ("sentence encoders for concept names", ("sentence-transformers",)),
     "pot": ("the reference transport solver", ("pot",)),
     "attribution": ("captum attributions", ("captum",)),
+    "audit": ("audit, compare, edit", ("jinja2", "scikit-learn")),
+    "pdf": ("dotcbm audit --pdf", ("weasyprint",)),
     "export": ("dotcbm export --format onnx", ("onnx", "onnxruntime", "onnxscript")),
     "notebook": ("notebooks", ("ipykernel", "nbclient", "nbformat")),
 }
