@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dotcbm.cli.parser import Parser
 
 if TYPE_CHECKING:
-    from dotcbm.report.compare_record import Comparison
+    from dotcbm.report.compare import Comparison
 
 __all__ = ["find_record", "names_of", "run"]
 
@@ -51,7 +51,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     )
     written: tuple[Path, ...] = ()
     if given.out:
-        from dotcbm.report.compare_render import write_comparison
+        from dotcbm.report.compare import write_comparison
 
         written = write_comparison(comparison, given.out)
     _say(comparison)
@@ -107,7 +107,7 @@ def _say(c: Comparison) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from dotcbm.report.compare_render import difference_text, value_text
+    from dotcbm.report.compare.render import difference_text, value_text
 
     console = Console()
     first = c.names[c.against]

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dotcbm.cli.parser import Parser
 
 if TYPE_CHECKING:
-    from dotcbm.report.edit import Edited
-    from dotcbm.report.edit_log import HeadSettings
+    from dotcbm.report.edit import Edited, HeadSettings
 
 __all__ = ["run"]
 
@@ -62,9 +61,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
     from dotcbm.cli.config_parser import ConfigError
     from dotcbm.cli.run_config import read_run_config
     from dotcbm.hub import CardInfo, from_pretrained
-    from dotcbm.report.audit_model import without_paths
-    from dotcbm.report.edit import edit_model
-    from dotcbm.report.edit_render import write_edited
+    from dotcbm.report.audit.model import without_paths
+    from dotcbm.report.edit import edit_model, write_edited
 
     try:
         config = read_run_config(given.config)
@@ -93,7 +91,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
 def _head_settings(model: Mapping[str, Any]) -> HeadSettings:
     """How the run fitted its head, as far as its config says."""
-    from dotcbm.report.edit_log import HeadSettings
+    from dotcbm.report.edit import HeadSettings
 
     if model.get("regime") == "joint":
         return HeadSettings(balanced=model.get("class_weighting") == "balanced")
@@ -117,8 +115,8 @@ def _say(edited: Edited) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from dotcbm.report.compare_render import difference_text, value_text
-    from dotcbm.report.edit_render import changed
+    from dotcbm.report.compare.render import difference_text, value_text
+    from dotcbm.report.edit.render import changed
 
     console = Console()
     console.print(escape(edited.edit.told), highlight=False)

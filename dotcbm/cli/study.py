@@ -31,9 +31,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
     if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
         parser.error(f"--share is {given.share!r}; it is a fraction like 1/3")
 
-    from dotcbm.report.study import read_records, read_study
-    from dotcbm.report.study_run import run_study
-    from dotcbm.report.table import default_claim, markdown
+    from dotcbm.report.study import read_records, read_study, run_study
+    from dotcbm.report.study.table import default_claim, markdown
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     study = read_study(given.config)
@@ -66,8 +65,8 @@ def _write(study: Study, records: list[Record], directory: Path) -> None:
     import json
     from dataclasses import asdict
 
-    from dotcbm.report.study_plot import plot_claim
-    from dotcbm.report.table import default_claim, markdown
+    from dotcbm.report.study.plot import plot_claim
+    from dotcbm.report.study.table import default_claim, markdown
 
     directory.mkdir(parents=True, exist_ok=True)
     parts = [f"# Study {study.name}: tables\n\nWritten by `dotcbm study`; mean ± standard deviation over n seeds, %.\n"]

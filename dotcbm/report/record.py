@@ -14,6 +14,7 @@ from typing import Literal
 
 __all__ = [
     "FORMAT",
+    "SWAP_FALL_CLASS",
     "Absence",
     "AuditRecord",
     "ClassRow",
@@ -37,6 +38,9 @@ __all__ = [
 
 FORMAT = 3
 """2 counts what a curve of interventions and a sweep of thresholds were measured on."""
+
+SWAP_FALL_CLASS = "suspects/swap_fall_class/"
+"""Before the name of a class: the key of the figure that says how far the class falls on another class's backgrounds."""
 
 Section = Literal[
     "verdict", "errors", "classes", "concepts", "parts", "suspects", "interventions", "groups", "controls", "pictures", "grid", "card"

@@ -22,12 +22,12 @@ from dotcbm.models.cem import CEM
 from dotcbm.models.concept_model import ConceptModel
 from dotcbm.models.dot_cbm import DotCBM
 from dotcbm.models.linear_probe import LinearProbe
-from dotcbm.report import collect as collecting
 from dotcbm.report.audit import AuditSettings, audit
-from dotcbm.report.audit_concepts import auroc_draws
-from dotcbm.report.audit_groups import dealt_gap
-from dotcbm.report.audit_model import without_paths
-from dotcbm.report.collect_store import Store, digest
+from dotcbm.report.audit.concepts import auroc_draws
+from dotcbm.report.audit.groups import dealt_gap
+from dotcbm.report.audit.model import without_paths
+from dotcbm.report.collect import run as collecting
+from dotcbm.report.collect.store import Store, digest
 from dotcbm.report.record import AuditRecord
 from dotcbm.report.record_file import read_record, write_record
 from dotcbm.report.render import html, markdown

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.data.synthetic import Synthetic
 from dotcbm.metrics.intervals import wilson
-from dotcbm.report.background_probe import background_colours, probe_background
+from dotcbm.report.audit.background_probe import background_colours, probe_background
 
 
 def probed(shortcut: float, seed: int):

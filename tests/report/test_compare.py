@@ -16,8 +16,8 @@ from scipy.stats import false_discovery_control
 from sklearn.metrics import roc_auc_score
 
 from dotcbm.report.compare import compare
-from dotcbm.report.compare_render import html, markdown, write_comparison
-from dotcbm.report.compare_statistics import adjusted, auroc_draws, delong, draw_counts, mcnemar, unpaired_difference
+from dotcbm.report.compare.render import html, markdown, write_comparison
+from dotcbm.report.compare.statistics import adjusted, auroc_draws, delong, draw_counts, mcnemar, unpaired_difference
 from dotcbm.report.record import (
     FORMAT,
     AuditRecord,

@@ -26,13 +26,13 @@ from dotcbm.models.base import Bottleneck
 from dotcbm.models.cbm import CBM
 from dotcbm.models.concept_model import ConceptModel
 from dotcbm.models.linear_probe import LinearProbe
-from dotcbm.report.compare_statistics import draw_counts
-from dotcbm.report.edit import BEFORE, CONTROL, REFIT, REWEIGHTED, ZEROED, HeadSettings, edit_model
-from dotcbm.report.edit_figures import Scored, change_rows
-from dotcbm.report.edit_head import concept_inputs, refit_head
-from dotcbm.report.edit_names import concept_named, known_group_names
-from dotcbm.report.edit_render import html, write_edited
-from dotcbm.report.edit_weights import reweight
+from dotcbm.report.compare.statistics import draw_counts
+from dotcbm.report.edit.figures import Scored, change_rows
+from dotcbm.report.edit.head import concept_inputs, refit_head
+from dotcbm.report.edit.names import concept_named, known_group_names
+from dotcbm.report.edit.render import html, write_edited
+from dotcbm.report.edit.run import BEFORE, CONTROL, REFIT, REWEIGHTED, ZEROED, HeadSettings, edit_model
+from dotcbm.report.edit.weights import reweight
 from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
 from dotcbm.training.head_fit import fit_head
 

@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 from fakes.audit_record import make_record
 
-from dotcbm.report.audit_shortcut import CLASS_PREFIX
 from dotcbm.report.findings import find_all, summary
-from dotcbm.report.record import AuditRecord, Figure, Finding, GroupRow, Interval, Suspect, Unit
+from dotcbm.report.record import SWAP_FALL_CLASS, AuditRecord, Figure, Finding, GroupRow, Interval, Suspect, Unit
 
 ZERO = Interval(0.0, n=100)
 BASE = make_record(num_pictures=12, num_cards=1, num_grid=1)
@@ -41,8 +40,8 @@ def test_a_shortcut_is_critical_first_and_names_who_leans_on_it():
         Suspect("never", "B", 0.9, 9.0, 8.1, Interval(0.4, 0.3, 0.5, 20), Interval(0.4, 0.3, 0.5, 20), "refuted"),
     )
     classes = (
-        Figure(f"{CLASS_PREFIX}B", "", Interval(0.6, 0.4, 0.8, 20)),
-        Figure(f"{CLASS_PREFIX}A", "", Interval(0.2, -0.1, 0.5, 20)),
+        Figure(f"{SWAP_FALL_CLASS}B", "", Interval(0.6, 0.4, 0.8, 20)),
+        Figure(f"{SWAP_FALL_CLASS}A", "", Interval(0.2, -0.1, 0.5, 20)),
     )
     record = with_figures(*swap(0.3, 0.17, 0.4), *classes, points_figure("classes/overconfidence", 0.4, 0.35, 0.5))
     record = replace(record, suspects=suspects)

@@ -21,11 +21,11 @@ from PIL import Image
 
 from dotcbm.report.record import AuditRecord, Figure, Finding, Interval, Reliability
 from dotcbm.report.record_file import record_from_json, record_to_json
-from dotcbm.report.render import _probabilities, html, markdown, write_html, write_markdown, write_pdf
-from dotcbm.report.render_charts import Series, domain_of, dot_range, line_chart, reliability_chart
-from dotcbm.report.render_heat import heat_png, outline
-from dotcbm.report.render_numbers import cases, interval_text, logit, number, signed, span, with_unit
-from dotcbm.report.render_views import SECTIONS, headline, key_figures, map_trust, sections
+from dotcbm.report.render.charts import Series, domain_of, dot_range, line_chart, reliability_chart
+from dotcbm.report.render.heat import heat_png, outline
+from dotcbm.report.render.numbers import cases, interval_text, logit, number, signed, span, with_unit
+from dotcbm.report.render.run import _probabilities, html, markdown, write_html, write_markdown, write_pdf
+from dotcbm.report.render.views import SECTIONS, headline, key_figures, map_trust, sections
 
 _VOID = {"meta", "link", "img", "input", "br"}
 

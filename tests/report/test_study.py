@@ -11,10 +11,10 @@ import torch
 
 from dotcbm.data.synthetic import Synthetic
 from dotcbm.report.record_file import read_record
-from dotcbm.report.study import MAIN, Claim, Record, Row, Study, World, make_source, read_study, source_of
-from dotcbm.report.study_plot import plot_claim
-from dotcbm.report.study_run import run_study
-from dotcbm.report.table import markdown, summary
+from dotcbm.report.study import run_study
+from dotcbm.report.study.plan import MAIN, Claim, Record, Row, Study, World, make_source, read_study, source_of
+from dotcbm.report.study.plot import plot_claim
+from dotcbm.report.study.table import markdown, summary
 
 YAML = """
 name: tiny

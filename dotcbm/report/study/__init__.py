@@ -1,0 +1,8 @@
+"""Every method of a study trained, audited and set in tables, each figure with the record it is from."""
+
+from __future__ import annotations
+
+from dotcbm.report.study.plan import Claim, Record, Row, Study, World, read_records, read_study
+from dotcbm.report.study.run import run_study
+
+__all__ = ["Claim", "Record", "Row", "Study", "World", "read_records", "read_study", "run_study"]
