@@ -36,8 +36,8 @@ __all__ = [
     "Thumbnail",
 ]
 
-FORMAT = 3
-"""2 counts what a curve of interventions and a sweep of thresholds were measured on."""
+FORMAT = 4
+"""See the migrations in `dotcbm.report.record_file` for what each format added."""
 
 SWAP_FALL_CLASS = "suspects/swap_fall_class/"
 """Before the name of a class: the key of the figure that says how far the class falls on another class's backgrounds."""
@@ -189,11 +189,13 @@ class ConceptRow:
         auroc, average_precision, error: In the split; `error` at probability 0.5.
         all_negative_error: The control of `error`.
         leakage: CTL, in shares of the class's entropy.
-        pointing, pointing_prior: Peak on the part (in its mask, or within 0.1 diagonals of a key point), and the prior's.
+        pointing, pointing_prior: Peak on the part (in its mask, or within 0.1 diagonals of a key point), and that of the best map that
+            knows no concept.
         part_mass: Share of the map inside the part's mask.
         background_share: Share of the map outside the object, where the concept is there; `background_area` is the control, the
-            share of the picture outside the object.
-        occlusion_drop, random_drop: Mean fall of the probability when its region, or a random one of the same size, is covered.
+            share of the picture outside the object, and `num_mapped` counts the pictures.
+        occlusion_drop, random_drop: Mean fall of the probability when its region, or a random one of the same size, is covered,
+            in `num_covered` pictures.
         weight_span: Largest minus smallest weight of the head over the classes.
     """
 
@@ -215,8 +217,10 @@ class ConceptRow:
     part_mass: float | None = None
     background_share: float | None = None
     background_area: float | None = None
+    num_mapped: int | None = 0
     occlusion_drop: float | None = None
     random_drop: float | None = None
+    num_covered: int | None = 0
     weight_span: float | None = None
 
 
@@ -229,7 +233,7 @@ class PartRow:
         kind: "part" (average precision of boxes) or "group" (percentage of correct parts).
         average_precision: Ranked by concept probability; None for groups.
         correct: Share of boxes with IoU of at least 0.5 (part), or PCP (group).
-        prior: The same as `correct` for the prior alone.
+        prior: The same as `correct` for the best map that knows no concept.
     """
 
     name: str
@@ -390,7 +394,7 @@ class PictureColumns:
         group: Sub-population, empty without any.
         concept_probability, concept_truth: (N, M); truth is 1, 0 or None.
         pointing_hits, pointing_pairs: (N,) pairs of picture and concept whose peak hits, and that count; empty without parts.
-        prior_hits: (N,) the same as `pointing_hits` for the prior alone.
+        prior_hits: (N,) the same as `pointing_hits` for the best map that knows no concept.
     """
 
     name: tuple[str, ...]

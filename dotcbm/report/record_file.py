@@ -360,5 +360,11 @@ def _from_2(values: dict[str, Any]) -> dict[str, Any]:
     return levelled(values) | {"format": 3}
 
 
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
+def _from_3(values: dict[str, Any]) -> dict[str, Any]:
+    """Format 4 counts the pictures behind a concept's share on the background and its fall when covered; before, nobody did."""
+    concepts = [concept | {"num_mapped": None, "num_covered": None} for concept in values["concepts"]]
+    return values | {"format": 4, "concepts": concepts}
+
+
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2, 3: _from_3}
 """From format f to f + 1."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from dotcbm.report.audit import AuditSettings, audit
 from dotcbm.report.audit.concepts import auroc_draws
 from dotcbm.report.audit.groups import dealt_gap
 from dotcbm.report.audit.model import without_paths
+from dotcbm.report.audit.tools import KNOW_NOTHING, Gathered
 from dotcbm.report.collect import run as collecting
 from dotcbm.report.collect.store import Store, digest
 from dotcbm.report.record import AuditRecord
@@ -138,7 +140,7 @@ def test_every_section_is_filled(record):
     assert {(curve.policy, curve.split) for curve in record.interventions} == {
         (policy, split) for policy in ("random", "uncertainty", "coop", "greedy") for split in ("test", "test_ood")
     }
-    assert {sweep.map for sweep in record.sweeps} == {"plan", "lift", "evidence", "prior", "random"}
+    assert {sweep.map for sweep in record.sweeps} == {"plan", "lift", "evidence", "prior", "saliency", "centre", "random"}
     assert record.suspects
     assert record.cards
     assert record.errors
@@ -149,7 +151,37 @@ def test_localisation_figures_stand_beside_their_control(record):
     placed = [f for f in record.figures if f.key.startswith(("parts/pointing_0", "parts/pointing_mask", "parts/part_", "parts/detection_"))]
     assert placed
     assert all(figure.control is not None and figure.control.value is not None for figure in placed)
-    assert {figure.control_label for figure in placed} == {"the patch prior alone"}
+    assert {figure.control_label for figure in placed} <= set(KNOW_NOTHING.values())
+
+
+def test_no_map_without_concepts_beats_the_control_of_detection(record):
+    blind = {sweep.map: sweep for sweep in record.sweeps if sweep.map in KNOW_NOTHING}
+    assert len(blind) == len(KNOW_NOTHING)
+    at = record.sweeps[0].thresholds.index(0.6)
+    best = record.figure("parts/detection_map_plan").control.value
+    assert best == pytest.approx(max(sweep.mean_average_precision[at] for sweep in blind.values()), abs=1e-6)
+    most = record.figure("parts/detection_correct_plan").control.value
+    assert most == pytest.approx(max(sweep.share_correct[at] for sweep in blind.values()), abs=1e-6)
+
+
+def test_the_control_is_the_best_blind_map_and_never_one_without_figures():
+    gathered = object.__new__(Gathered)
+    assert gathered.control_of(lambda name: {"prior": math.nan, "saliency": 0.1}.get(name, 0.2)) == ("centre", KNOW_NOTHING["centre"])
+    assert gathered.control_of(lambda name: math.nan)[0] in KNOW_NOTHING
+
+
+def test_concept_rows_count_what_they_were_measured_on(record):
+    covered = [row for row in record.concepts if row.num_covered]
+    assert sum(row.num_covered for row in covered) == record.figure("concepts/occlusion_drop").value.n
+    assert all((row.occlusion_drop is None) == (row.num_covered == 0) for row in record.concepts)
+    assert all((row.background_share is None) == (row.num_mapped == 0) for row in record.concepts)
+    assert any(row.num_mapped for row in record.concepts)
+
+
+def test_plain_percentiles_stand_beside_bounds_that_know_the_truth(record):
+    plain, ours = record.figure("interventions/area_percentiles"), record.figure("interventions/area_random")
+    assert plain.value.n == ours.value.n
+    assert plain.control == ours.control
 
 
 def test_figures_can_be_computed_again_from_the_columns(record):

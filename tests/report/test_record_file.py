@@ -106,6 +106,7 @@ def test_format_1_is_migrated() -> None:
     assert read.format == FORMAT
     assert [curve.num_pictures for curve in read.interventions] == [None] * len(held["interventions"])
     assert [sweep.num_boxes for sweep in read.sweeps] == [None] * len(held["sweeps"])
+    assert {row.num_mapped for row in read.concepts} == {row.num_covered for row in read.concepts} == {None}
     assert read.title == held["title"]
 
 

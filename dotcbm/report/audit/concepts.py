@@ -16,7 +16,7 @@ from dotcbm.metrics.concepts import (
     concept_f1,
 )
 from dotcbm.metrics.leakage import LeakageFigures, measure_leakage
-from dotcbm.report.audit.tools import NEAR, PAIRS, Gathered, Section, difference, mean, mean_of_pairs, rounded
+from dotcbm.report.audit.tools import PAIRS, Gathered, Section, difference, mean, mean_of_pairs, rounded
 from dotcbm.report.record import Absence, ConceptRow, Figure, Interval
 
 __all__ = ["auroc_draws", "concept_figures", "concept_rows", "leakage_figures", "occlusion_figures"]
@@ -201,11 +201,11 @@ def concept_rows(g: Gathered, auroc: list[Interval], leakage: LeakageFigures | N
     importance_M = span_M if span_M is not None else (truth_NM == 1).sum(0).double()
     shown = set(importance_M.nan_to_num(0.0).argsort(descending=True, stable=True)[: settings.num_shown].tolist())
     train_M = g.train.truth_NM.nanmean(0)
-    hit_NM, prior_NM = pointing_columns(g, g.map_name), pointing_columns(g, g.control_name)
-    mass_NM, background_NM = (columns.places.get(f"{figure}/{g.map_name}") for figure in ("part_mass", "background"))
-    area_N = columns.places.get("area")
+    hit_NM, prior_NM = g.pointing(g.map_name), g.pointing(g.control_name)
     present_NM = truth_NM == 1
-    drops = _drops(g)
+    mass_NM, background_NM = (columns.places.get(f"{figure}/{g.map_name}") for figure in ("part_mass", "background"))
+    mapped_NM = None if background_NM is None else present_NM & ~background_NM.isnan()
+    area_N = columns.places.get("area")
     rows: list[ConceptRow] = []
     for j, name in enumerate(concepts.names):
         num_known, num_positive = int((~truth_NM[:, j].isnan()).sum()), int(present_NM[:, j].sum())
@@ -213,6 +213,7 @@ def concept_rows(g: Gathered, auroc: list[Interval], leakage: LeakageFigures | N
         def over_present(value_NM: Tensor | None, j: int = j) -> float | None:
             return None if value_NM is None else rounded(value_NM[present_NM[:, j], j].nanmean())
 
+        drop_S, random_S = _falls(g, j)
         rows.append(
             ConceptRow(
                 name=name,
@@ -233,25 +234,14 @@ def concept_rows(g: Gathered, auroc: list[Interval], leakage: LeakageFigures | N
                 part_mass=over_present(mass_NM),
                 background_share=over_present(background_NM),
                 background_area=None if area_N is None else rounded(area_N[present_NM[:, j]].nanmean()),
-                occlusion_drop=drops.get(j, (None, None))[0],
-                random_drop=drops.get(j, (None, None))[1],
+                num_mapped=0 if mapped_NM is None else int(mapped_NM[:, j].sum()),
+                occlusion_drop=rounded(drop_S.mean()),
+                random_drop=rounded(random_S.mean()),
+                num_covered=len(drop_S),
                 weight_span=None if span_M is None else rounded(span_M[j]),
             )
         )
     return tuple(rows)
-
-
-def pointing_columns(g: Gathered, name: str | None) -> Tensor | None:
-    """(N, M) 1 where a map's peak is on the concept's part (in its mask, or within 0.1 diagonals of a key point), 0 beside it, else NaN."""
-    places = g.columns.places
-    if name is None:
-        return None
-    if f"in_mask/{name}" in places:
-        return places[f"in_mask/{name}"].double()
-    if f"distance/{name}" in places:
-        distance_NM = places[f"distance/{name}"]
-        return torch.where(distance_NM.isnan(), torch.nan, (distance_NM <= NEAR).double())
-    return None
 
 
 def _weight_span(g: Gathered) -> Tensor | None:
@@ -261,14 +251,10 @@ def _weight_span(g: Gathered) -> Tensor | None:
     return (weight_KF.amax(0) - weight_KF.amin(0)).double()
 
 
-def _drops(g: Gathered) -> dict[int, tuple[float | None, float | None]]:
-    """Mean falls of the concepts that were covered."""
-    if g.occlusion is None:
-        return {}
+def _falls(g: Gathered, concept: int) -> tuple[Tensor, Tensor]:
+    """(s,) falls of a concept whose region was covered, and for a random region; empty if it never was."""
     found = g.occlusion
-    falls: dict[int, tuple[float | None, float | None]] = {}
-    for j in found.concept_S.unique().tolist():
-        mine_S = found.concept_S == j
-        before_S = found.before_S[mine_S]
-        falls[j] = (rounded((before_S - found.region_S[mine_S]).mean()), rounded((before_S - found.random_S[mine_S]).mean()))
-    return falls
+    if found is None:
+        return torch.zeros(0), torch.zeros(0)
+    mine_S = found.concept_S == concept
+    return found.before_S[mine_S] - found.region_S[mine_S], found.before_S[mine_S] - found.random_S[mine_S]

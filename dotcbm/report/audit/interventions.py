@@ -5,7 +5,7 @@ N pictures, M concepts, K classes, S steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
@@ -42,6 +42,7 @@ def interventions(g: Gathered) -> Interventions:
     truth_NM = g.train.truth_NM
     scored = bool(((truth_NM != 0) & (truth_NM != 1) & ~truth_NM.isnan()).any())
     bounds = logit_bounds(g.train.concept_logit_NM, None if scored else truth_NM)
+    percentiles = logit_bounds(g.train.concept_logit_NM)
     for columns in (g.columns, *g.others):
         for policy in get_args(Policy):
             curve = _curve(g, columns, bounds, policy)
@@ -58,6 +59,8 @@ def interventions(g: Gathered) -> Interventions:
             )
             if columns is g.columns:
                 section.figures += _figures(g, policy, curve)
+                if policy == "random":
+                    section.figures.append(_plain(g, _curve(g, columns, percentiles, policy)))
             elif policy == "random":
                 section.figures.append(_area(g, f"interventions/area_{policy}_{columns.split}", f"Area, {policy}, {columns.split}", curve))
     return Interventions(section, tuple(curves))
@@ -89,6 +92,16 @@ def _area(g: Gathered, key: str, label: str, curve: Curve) -> Figure:
     note = "Mean accuracy over 0, 1, ... all groups corrected; the control is the accuracy without any correction."
     control = Interval(rounded(own_N.mean()), n=len(own_N))
     return Figure(key, label, area, control=control, control_label="no correction", note=note)
+
+
+def _plain(g: Gathered, curve: Curve) -> Figure:
+    """Koh et al.'s own bounds beside ours."""
+    figure = _area(g, "interventions/area_percentiles", "Area, random order, plain percentiles", curve)
+    note = (
+        "As Koh et al. set it: a corrected concept gets the 5th or 95th percentile of its logit in training, whatever the truth there. For "
+        "a concept rarer than 5 % the 95th is that of pictures without it, and a correction may say the opposite of what it means."
+    )
+    return replace(figure, note=note)
 
 
 def _figures(g: Gathered, policy: Policy, curve: Curve) -> list[Figure]:

@@ -5,14 +5,16 @@ N pictures, M concepts, S groups of parts, T thresholds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from dotcbm.metrics.detection import THRESHOLDS, Detections, part_detection
 from dotcbm.metrics.part_groups import part_groups
-from dotcbm.report.audit.concepts import pointing_columns
-from dotcbm.report.audit.tools import PAIRS, Gathered, Section, difference, mean, mean_of_pairs, pair_means, rounded, share
-from dotcbm.report.record import Absence, DetectionSweep, Figure, Interval, PartRow, Unit
+from dotcbm.report.audit.tools import KNOW_NOTHING, PAIRS, Gathered, Section, difference, mean, mean_of_pairs, pair_means, rounded, share
+from dotcbm.report.collect.places import CONTROLS
+from dotcbm.report.record import Absence, DetectionSweep, Figure, Interval, PartRow
 
 __all__ = ["detection_sweeps", "part_rows", "place_figures", "residual_figures"]
 
@@ -21,6 +23,7 @@ RADII = (0.01, 0.02, 0.05, 0.1)
 
 _PAPER = THRESHOLDS.index(0.6)
 _MAPS = ("plan", "lift", "evidence", "gradcam")
+_NOTHING = torch.full((1, 1), torch.nan, dtype=torch.float64)
 _NOT_PLACED = "the data has neither key points nor part masks; give parts to measure where concepts are read"
 
 
@@ -50,39 +53,43 @@ def place_figures(g: Gathered) -> Section:
     return section
 
 
-def _present(g: Gathered, value_NM: Tensor | None) -> Tensor | None:
-    """The values of concepts that are there; NaN elsewhere."""
-    return None if value_NM is None else torch.where(g.columns.truth_NM == 1, value_NM.double(), torch.nan)
+def _figure(g: Gathered, key: str, label: str, name: str, value: Callable[[str], Tensor | None], *, note: str) -> Figure:
+    """Mean over the concepts that are there of what `value` gives for a map, beside the map without concepts that has most of it."""
 
+    def present(name: str) -> Tensor:
+        value_NM = value(name)
+        return torch.tensor([[torch.nan]]) if value_NM is None else torch.where(g.columns.truth_NM == 1, value_NM.double(), torch.nan)
 
-def _figure(g: Gathered, key: str, label: str, value_NM: Tensor, control_NM: Tensor | None, *, unit: Unit = "percent", note: str) -> Figure:
-    kept = _present(g, value_NM)
-    assert kept is not None
-    control = _present(g, control_NM)
+    control, control_label = g.control_of(lambda name: float(present(name).nanmean()))
     return Figure(
         key,
         label,
-        mean_of_pairs(kept, settings=g.settings),
-        unit=unit,
-        control=None if control is None else mean_of_pairs(control, settings=g.settings),
-        control_label=g.control_label if control is not None else "",
+        mean_of_pairs(present(name), settings=g.settings),
+        control=mean_of_pairs(present(control), settings=g.settings),
+        control_label=control_label,
         note=note,
     )
 
 
 def _pointing(g: Gathered, name: str) -> list[Figure]:
     places, figures = g.columns.places, list[Figure]()
-    inside_NM = places.get(f"in_mask/{name}")
-    if inside_NM is not None:
+    if f"in_mask/{name}" in places:
         note = "Peak of the map on the exact mask of the concept's part, where the concept is there and the part visible."
-        control = places.get(f"in_mask/{g.control_name}")
-        figures.append(_figure(g, f"parts/pointing_mask_{name}", f"Peak of the {name} on the part", inside_NM, control, note=note))
-    distance_NM, control_NM = places.get(f"distance/{name}"), places.get(f"distance/{g.control_name}")
-    if distance_NM is not None and control_NM is not None:
+        found = _figure(
+            g, f"parts/pointing_mask_{name}", f"Peak of the {name} on the part", name, lambda m: places.get(f"in_mask/{m}"), note=note
+        )
+        figures.append(found)
+    if f"distance/{name}" in places:
         for radius in reversed(RADII):
-            hits = (torch.where(value.isnan(), torch.nan, (value <= radius).double()) for value in (distance_NM, control_NM))
+
+            def within(name: str, radius: float = radius) -> Tensor | None:
+                distance_NM = places.get(f"distance/{name}")
+                return None if distance_NM is None else torch.where(distance_NM.isnan(), torch.nan, (distance_NM <= radius).double())
+
             note = "Peak of the map within so many diagonals of a visible key point of the concept's part, where the concept is there."
-            figures.append(_figure(g, f"parts/pointing_{radius:g}_{name}", f"Pointing of the {name}, r = {radius:g}", *hits, note=note))
+            figures.append(
+                _figure(g, f"parts/pointing_{radius:g}_{name}", f"Pointing of the {name}, r = {radius:g}", name, within, note=note)
+            )
     return figures
 
 
@@ -93,28 +100,27 @@ def _shares(g: Gathered, name: str) -> list[Figure]:
         ("part_rank", f"Part found by the highest patches of the {name}", "Relevance rank accuracy (Arras et al. 2022)."),
     ):
         if f"{key}/{name}" in places:
-            figures.append(
-                _figure(g, f"parts/{key}_{name}", label, places[f"{key}/{name}"], places.get(f"{key}/{g.control_name}"), note=note)
-            )
-    background_NM = places.get(f"background/{name}")
-    if background_NM is not None:
-        control = places.get(f"background/{g.control_name}")
-        on_object = None if control is None else 1 - control
+            figures.append(_figure(g, f"parts/{key}_{name}", label, name, lambda m, key=key: places.get(f"{key}/{m}"), note=note))
+    if f"background/{name}" in places:
+
+        def on_object(name: str) -> Tensor | None:
+            return 1 - places[f"background/{name}"] if f"background/{name}" in places else None
+
         note = "Mean over the concepts that are there. A uniform map gets the object's share of the picture."
-        figures.append(
-            _figure(g, f"parts/foreground_mass_{name}", f"Share of the {name} on the object", 1 - background_NM, on_object, note=note)
-        )
+        figures.append(_figure(g, f"parts/foreground_mass_{name}", f"Share of the {name} on the object", name, on_object, note=note))
     return figures
 
 
 def _gain(g: Gathered) -> list[Figure]:
     """Pointing of the model's map minus that of the control, pair by pair."""
-    hit_NM, control_NM = _present(g, pointing_columns(g, g.map_name)), _present(g, pointing_columns(g, g.control_name))
+    columns = [g.pointing(name) for name in (g.map_name, g.control_name)]
+    hit_NM, control_NM = (None if hit_NM is None else torch.where(g.columns.truth_NM == 1, hit_NM, torch.nan) for hit_NM in columns)
     if hit_NM is None or control_NM is None:
         return []
     (hit_n, count_n), (control_n, _) = pair_means(hit_NM), pair_means(control_NM)
     gain = difference(hit_n, control_n, weight_N=count_n, settings=g.settings, over=PAIRS) if len(hit_n) else Interval(None, over=PAIRS)
-    note = f"Share of pairs whose peak is on the part, for the {g.map_name}, minus the share for {g.control_label}; pictures are resampled."
+    against = KNOW_NOTHING[g.control_name]
+    note = f"Share of pairs whose peak is on the part, for the {g.map_name}, minus the share for {against}; pictures are resampled."
     return [Figure("parts/pointing_gain", "Pointing above the control", gain, unit="points", note=note)]
 
 
@@ -127,36 +133,53 @@ def detections(g: Gathered, name: str, threshold: int) -> Detections | None:
     return Detections(score_BS=score_NS, iou_BS=iou_NS, visible_BS=places["visible"] > 0.5)
 
 
+def _mean_precision(g: Gathered, name: str) -> float:
+    found = detections(g, name, _PAPER)
+    return float("nan") if found is None else float(part_detection(found, part_groups(g.model.concepts)).mean_average_precision)
+
+
+def _right_boxes(g: Gathered, name: str) -> Tensor:
+    """(N, S) 1 where a map's box is right, 0 where not, NaN where there is nothing to find; a single NaN for a map without boxes."""
+    found = detections(g, name, _PAPER)
+    return _NOTHING if found is None else torch.where(found.visible_BS, (found.iou_BS >= 0.5).double(), torch.nan)
+
+
+def _correct_parts(g: Gathered, name: str) -> Tensor:
+    """(N, S) share of a group's queries that are right, NaN where the group is not visible; a single NaN for a map without them."""
+    return g.columns.places.get(f"pcp/{name}", _NOTHING).double()
+
+
 def _detection(g: Gathered, name: str) -> list[Figure]:
-    groups, figures = part_groups(g.model.concepts), list[Figure]()
-    found, control = detections(g, name, _PAPER), detections(g, g.control_name, _PAPER)
-    if found is not None and control is not None and bool(found.visible_BS.any()):
-        scores, control_scores = part_detection(found, groups), part_detection(control, groups)
+    figures = list[Figure]()
+    found = detections(g, name, _PAPER)
+    if found is not None and bool(found.visible_BS.any()):
         num = int(found.visible_BS.sum())
         over = "visible parts"
+        control, control_label = g.control_of(lambda name: _mean_precision(g, name))
         figures.append(
             Figure(
                 f"parts/detection_map_{name}",
                 f"Part detection by the {name}, mean AP",
-                Interval(rounded(scores.mean_average_precision), n=num, over=over),
-                control=Interval(rounded(control_scores.mean_average_precision), n=num, over=over),
-                control_label=g.control_label,
+                Interval(rounded(_mean_precision(g, name)), n=num, over=over),
+                control=Interval(rounded(_mean_precision(g, control)), n=num, over=over),
+                control_label=control_label,
                 note="One box around what is above 0.6 of the maximum, right at IoU 0.5, ranked by the concept's probability.",
             )
         )
-        hits = [torch.where(d.visible_BS, (d.iou_BS >= 0.5).double(), torch.nan) for d in (found, control)]
+        control, control_label = g.control_of(lambda name: float(_right_boxes(g, name).nanmean()))
         figures.append(
             Figure(
                 f"parts/detection_correct_{name}",
                 f"Boxes of the {name} with IoU of at least 0.5",
-                mean_of_pairs(hits[0], settings=g.settings),
-                control=mean_of_pairs(hits[1], settings=g.settings),
-                control_label=g.control_label,
+                mean_of_pairs(_right_boxes(g, name), settings=g.settings),
+                control=mean_of_pairs(_right_boxes(g, control), settings=g.settings),
+                control_label=control_label,
                 note="Share of the visible parts. One box around what is above 0.6 of the map's maximum.",
             )
         )
     if f"pcp/{name}" in g.columns.places:
-        pcp, pcp_control = (g.columns.places[f"pcp/{which}"].double() for which in (name, g.control_name))
+        control, control_label = g.control_of(lambda name: float(_correct_parts(g, name).nanmean(0).nanmean()))
+        pcp, pcp_control = _correct_parts(g, name), _correct_parts(g, control)
         figures.append(
             Figure(
                 f"parts/pcp_{name}",
@@ -165,7 +188,7 @@ def _detection(g: Gathered, name: str) -> list[Figure]:
                 control=Interval(
                     rounded(pcp_control.nanmean(0).nanmean()), n=int((~pcp_control.isnan()).sum()), over="visible groups of parts"
                 ),
-                control_label=g.control_label,
+                control_label=control_label,
                 note="APN protocol: boxes of 1 / 1.4 of the bird around peak and nearest key point, right above IoU 0.5.",
             )
         )
@@ -178,16 +201,16 @@ def part_rows(g: Gathered) -> tuple[PartRow, ...]:
     if name is None:
         return ()
     rows: list[PartRow] = []
-    found, control = detections(g, name, _PAPER), detections(g, g.control_name, _PAPER)
-    if found is not None and control is not None:
-        scores = part_detection(found, groups)
+    found = detections(g, name, _PAPER)
+    if found is not None:
+        right_NS, control_NS = _right_boxes(g, name), _right_boxes(g, g.control_of(lambda name: float(_right_boxes(g, name).nanmean()))[0])
+        precision_S = part_detection(found, groups).average_precision_S
         for s, part in enumerate(groups.names):
-            seen_N = found.visible_BS[:, s]
-            right_N, control_N = ((d.iou_BS[seen_N, s] >= 0.5).double() for d in (found, control))
-            precision = rounded(scores.average_precision_S[s])
-            rows.append(PartRow(part, "part", precision, share(right_N), rounded(control_N.mean()) if len(control_N) else None))
+            right = share(right_NS[found.visible_BS[:, s], s])
+            rows.append(PartRow(part, "part", rounded(precision_S[s]), right, rounded(control_NS[:, s].nanmean())))
     if f"pcp/{name}" in g.columns.places:
-        pcp_NS, control_NS = (g.columns.places[f"pcp/{which}"].double() for which in (name, g.control_name))
+        pcp_NS = _correct_parts(g, name)
+        control_NS = _correct_parts(g, g.control_of(lambda name: float(_correct_parts(g, name).nanmean(0).nanmean()))[0])
         for s, part in enumerate(groups.names):
             correct = mean(pcp_NS[:, s], settings=g.settings)
             rows.append(PartRow(part, "group", None, correct, rounded(control_NS[:, s].nanmean())))
@@ -197,7 +220,7 @@ def part_rows(g: Gathered) -> tuple[PartRow, ...]:
 def detection_sweeps(g: Gathered) -> tuple[DetectionSweep, ...]:
     """Detection at all thresholds, of the model's maps and of the controls."""
     groups, sweeps = part_groups(g.model.concepts), list[DetectionSweep]()
-    names = [name for name in (*_MAPS, g.control_name, "random") if f"iou/{name}" in g.columns.places]
+    names = [name for name in (*_MAPS, *CONTROLS) if f"iou/{name}" in g.columns.places]
     for name in names if g.columns.has_maps else ():
         found = [detections(g, name, t) for t in range(len(THRESHOLDS))]
         scores = [part_detection(d, groups) for d in found if d is not None]

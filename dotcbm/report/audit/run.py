@@ -24,7 +24,7 @@ from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.models.concept_model import ConceptModel
 from dotcbm.report.audit.cards import cards, chosen_pictures, picture_columns, thumbnails, withheld
 from dotcbm.report.audit.classes import class_figures, class_rows, confusion, reliability
-from dotcbm.report.audit.concepts import concept_figures, concept_rows, leakage_figures, occlusion_figures, pointing_columns
+from dotcbm.report.audit.concepts import concept_figures, concept_rows, leakage_figures, occlusion_figures
 from dotcbm.report.audit.controls import control_figures
 from dotcbm.report.audit.groups import group_figures, group_rows
 from dotcbm.report.audit.interventions import interventions
@@ -163,7 +163,7 @@ def _record(g: Gathered, card: ModelCard, *, title: str) -> AuditRecord:
         errors=(),
         cards=(),
         grid=(),
-        pictures=picture_columns(g, pointing_columns(g, g.map_name), pointing_columns(g, g.control_name)),
+        pictures=picture_columns(g, g.pointing(g.map_name), g.pointing(g.control_name)),
     )
 
 

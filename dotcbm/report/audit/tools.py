@@ -22,14 +22,27 @@ from dotcbm.report.collect.run import Columns
 from dotcbm.report.collect.settings import AuditSettings
 from dotcbm.report.record import Absence, Figure, Interval
 
-__all__ = ["NEAR", "PAIRS", "Gathered", "Section", "difference", "known", "mean", "pair_means", "rounded", "share", "statistic"]
+__all__ = [
+    "KNOW_NOTHING",
+    "NEAR",
+    "PAIRS",
+    "Gathered",
+    "Section",
+    "difference",
+    "known",
+    "mean",
+    "pair_means",
+    "rounded",
+    "share",
+    "statistic",
+]
 
 PAIRS = "pairs of picture and concept"
 
 NEAR = 0.1
 """Diagonals of the picture within which a peak is at a key point, where there are no masks (`pointing` of the concepts' table)."""
 
-_KNOW_NOTHING = {
+KNOW_NOTHING = {
     "prior": "the patch prior alone",
     "saliency": "the norm of the encoder's features",
     "centre": "the centre of the picture",
@@ -69,30 +82,38 @@ class Gathered:
         present = {key.partition("/")[2] for key in self.columns.places}
         return next((name for name in MAPS if name in present), None)
 
+    def control_of(self, score: Callable[[str], float]) -> tuple[str, str]:
+        """Which of the maps that know no concept has the highest score, by its name in `columns.places`, and what it is, for people.
+
+        They are the patch prior, the saliency of the features, and the centre of the picture. A map of the model is held against the
+        one that does best in the very figure that is told, so that no figure looks good beside a control that is weak in it.
+
+        Args:
+            score: Of a map, by its name; NaN where it has none.
+        """
+        scores = {name: score(name) for name in KNOW_NOTHING}
+        best = max(KNOW_NOTHING, key=lambda name: scores[name] if known(scores[name]) else -math.inf)
+        return best, KNOW_NOTHING[best]
+
     @cached_property
     def control_name(self) -> str:
-        """The best of the maps that know no concept: the patch prior, the saliency of the features, or the centre of the picture.
+        """The map without concepts that points at parts most often; without parts, the one with the largest share on the object."""
 
-        The best is the one that points at parts most often; without parts, the one with the largest share on the object.
-        """
-        places, scores = self.columns.places, dict[str, float]()
-        for name in _KNOW_NOTHING:
-            if f"in_mask/{name}" in places:
-                hit_NM = places[f"in_mask/{name}"]
-            elif f"distance/{name}" in places:
-                distance_NM = places[f"distance/{name}"]
-                hit_NM = torch.where(distance_NM.isnan(), torch.nan, (distance_NM <= NEAR).float())
-            elif f"background/{name}" in places:
-                hit_NM = 1 - places[f"background/{name}"]
-            else:
-                continue
-            scores[name] = float(torch.where(self.columns.truth_NM == 1, hit_NM, torch.nan).nanmean().nan_to_num(0.0))
-        return max(_KNOW_NOTHING, key=lambda name: scores.get(name, -1.0))
+        def score(name: str) -> float:
+            hit_NM = self.pointing(name)
+            if hit_NM is None and f"background/{name}" in self.columns.places:
+                hit_NM = 1 - self.columns.places[f"background/{name}"]
+            return math.nan if hit_NM is None else float(torch.where(self.columns.truth_NM == 1, hit_NM, torch.nan).nanmean())
 
-    @property
-    def control_label(self) -> str:
-        """Of `control_name`, for people."""
-        return _KNOW_NOTHING[self.control_name]
+        return self.control_of(score)[0]
+
+    def pointing(self, name: str | None) -> Tensor | None:
+        """(N, M) 1 where a map's peak is on the concept's part (in its mask, or within `NEAR` of a key point), 0 beside it, else NaN."""
+        places = self.columns.places
+        if f"in_mask/{name}" in places:
+            return places[f"in_mask/{name}"].double()
+        distance_NM = places.get(f"distance/{name}")
+        return None if distance_NM is None else torch.where(distance_NM.isnan(), torch.nan, (distance_NM <= NEAR).double())
 
 
 @dataclass

@@ -44,7 +44,7 @@ from dotcbm.training.evaluation import concept_maps
 
 __all__ = ["CONTROLS", "all_maps", "place_columns"]
 
-CONTROLS = ("prior", "saliency", "centre", "random")
+CONTROLS = ("prior", "saliency", "random", "centre")
 """Maps that know nothing of concepts."""
 
 _RANDOM = 0x4A9D  # separates the random maps from the other uses of the seed

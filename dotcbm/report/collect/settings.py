@@ -34,7 +34,7 @@ class AuditSettings:
     pictures: bool = True
     limit: int | None = None
     num_draws: int = 1000
-    num_occluded: int = 100
+    num_occluded: int = 200
     num_swapped: int = 300
     num_errors: int = 24
     num_unsure: int = 8

@@ -157,7 +157,7 @@ MEASURES: tuple[Measure, ...] = (
     Measure(
         r"(.*/)?(pointing|prior)\S*",
         "parts/pointing_prior",
-        "Pointing of the prior alone",
+        "Pointing of the best map without concepts",
         "percent",
         None,
         lambda d: _ratio(d.answers.prior_n2, d),

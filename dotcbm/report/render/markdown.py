@@ -147,8 +147,8 @@ def _concepts(record: AuditRecord) -> list[str]:
             f"{number(concept.error, 'percent')} ({number(concept.all_negative_error, 'percent')})",
             number(concept.leakage, "percent"),
             f"{_short(concept.pointing)} ({number(concept.pointing_prior, 'percent')})",
-            f"{number(concept.background_share, 'percent')} ({number(concept.background_area, 'percent')})",
-            f"{number(concept.occlusion_drop, 'points')} ({number(concept.random_drop, 'points')})",
+            f"{number(concept.background_share, 'percent')} ({number(concept.background_area, 'percent')}), {_count(concept.num_mapped)}",
+            f"{number(concept.occlusion_drop, 'points')} ({number(concept.random_drop, 'points')}), {_count(concept.num_covered)}",
         )
 
     heads = (
@@ -157,9 +157,9 @@ def _concepts(record: AuditRecord) -> list[str]:
         "AUROC, %",
         "error, % (all negative)",
         "leakage, %",
-        "pointing, % (prior)",
-        "on background, % (area)",
-        "fall when covered, points (random)",
+        "pointing, % (best blind map)",
+        "on background, % (area), n",
+        "fall when covered, points (random), n",
     )
     rows = _table(heads, map(row, record.concepts))
     return ["", "<details><summary>All concepts; controls in brackets</summary>", *rows, "</details>", ""] if rows else []
@@ -210,6 +210,10 @@ def _suspects(record: AuditRecord) -> list[str]:
     )
 
 
+def _count(n: int | None) -> str:
+    return "unknown" if n is None else number(n)
+
+
 def _interventions(record: AuditRecord) -> list[str]:
     return _table(
         ("policy", "split", "n", "none corrected, %", "all corrected, %", "area, %", "largest fall, points"),
@@ -217,7 +221,7 @@ def _interventions(record: AuditRecord) -> list[str]:
             (
                 row.policy,
                 _plain(row.split),
-                "unknown" if row.num_pictures is None else number(row.num_pictures),
+                _count(row.num_pictures),
                 number(row.accuracy[0], "percent"),
                 number(row.accuracy[-1], "percent"),
                 number(row.area, "percent"),
