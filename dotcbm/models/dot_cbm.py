@@ -27,7 +27,7 @@ from dotcbm.losses import OrthogonalityForm, orthogonality
 from dotcbm.models.adapters import AdapterKind, make_adapter
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.concept_embedding import ConceptEmbedding
-from dotcbm.models.readout import Readout, ReadoutKind, ValueOn
+from dotcbm.models.readout import BiasStart, Readout, ReadoutKind, ValueOn
 from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
 from dotcbm.transport.cost import add_null, cosine_similarity
 from dotcbm.transport.priors import ConceptPrior, PatchPrior, concept_prior, patch_prior
@@ -67,6 +67,8 @@ class DotCBM(Bottleneck):
         solver: Solver = "torch",
         readout: ReadoutKind = "value",
         value_on: ValueOn = "encoder",
+        readout_scale: float = 10.0,
+        readout_bias: BiasStart = "zero",
         orthogonality_form: OrthogonalityForm = "squared",
     ) -> None:
         """Args:
@@ -90,6 +92,8 @@ class DotCBM(Bottleneck):
         solver: See `sinkhorn`.
         readout: See `dotcbm.models.readout`.
         value_on: What the value readout reads: the encoder's features or the adapted ones.
+        readout_scale: Of the cosine readout's alpha at the start.
+        readout_bias: Where the readout's biases start.
         orthogonality_form: See `dotcbm.losses.orthogonality`.
 
         Raises:
@@ -116,6 +120,8 @@ class DotCBM(Bottleneck):
                 "solver": solver,
                 "readout": readout,
                 "value_on": value_on,
+                "readout_scale": readout_scale,
+                "readout_bias": readout_bias,
                 "orthogonality_form": orthogonality_form,
             },
         )
@@ -142,7 +148,13 @@ class DotCBM(Bottleneck):
         # `concept_prior` the setting hides the function of that name here.
         self.register_buffer("gamma_M", _gamma(problem, concept_prior, temperature=concept_temperature))
         self.null_cost = nn.Parameter(torch.tensor(float(null_cost))) if null_concept or null_patch else None
-        self.readout = Readout(readout, num_concepts=num_concepts, width=problem.patch_width if value_on == "encoder" else dim)
+        self.readout = Readout(
+            readout,
+            problem,
+            width=problem.patch_width if value_on == "encoder" else dim,
+            scale=readout_scale,
+            bias=readout_bias,
+        )
         self.head = nn.Linear(num_concepts, problem.concepts.num_classes)
 
     def forward(self, features: PatchFeatures) -> ConceptOutput:

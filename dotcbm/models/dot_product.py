@@ -20,7 +20,7 @@ from dotcbm.losses import OrthogonalityForm, orthogonality
 from dotcbm.models.adapters import AdapterKind, make_adapter
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.concept_embedding import ConceptEmbedding
-from dotcbm.models.readout import Readout, ReadoutKind, ValueOn
+from dotcbm.models.readout import BiasStart, Readout, ReadoutKind, ValueOn
 from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
 from dotcbm.transport.cost import cosine_similarity
 
@@ -43,6 +43,8 @@ class DotProduct(Bottleneck):
         dropout: float = 0.4,
         readout: ReadoutKind = "cosine",
         value_on: ValueOn = "encoder",
+        readout_scale: float = 10.0,
+        readout_bias: BiasStart = "zero",
         orthogonality_form: OrthogonalityForm = "squared",
     ) -> None:
         """Args:
@@ -54,6 +56,8 @@ class DotProduct(Bottleneck):
         dropout: In the adapters.
         readout: See `dotcbm.models.readout`.
         value_on: What the value readout reads: the encoder's features or the adapted ones.
+        readout_scale: Of the cosine readout's alpha at the start.
+        readout_bias: Where the readout's biases start.
         orthogonality_form: See `dotcbm.losses.orthogonality`.
         """
         super().__init__(
@@ -66,6 +70,8 @@ class DotProduct(Bottleneck):
                 "dropout": dropout,
                 "readout": readout,
                 "value_on": value_on,
+                "readout_scale": readout_scale,
+                "readout_bias": readout_bias,
                 "orthogonality_form": orthogonality_form,
             },
         )
@@ -78,7 +84,13 @@ class DotProduct(Bottleneck):
         self.patch_adapter = make_adapter(adapter, width_in=problem.patch_width, width_out=dim, dropout=dropout)
         self.concept = ConceptEmbedding(problem, dim=dim, adapter=adapter, dropout=dropout)
         num_concepts = problem.concepts.num_concepts
-        self.readout = Readout(readout, num_concepts=num_concepts, width=problem.patch_width if value_on == "encoder" else dim)
+        self.readout = Readout(
+            readout,
+            problem,
+            width=problem.patch_width if value_on == "encoder" else dim,
+            scale=readout_scale,
+            bias=readout_bias,
+        )
         self.head = nn.Linear(num_concepts, problem.concepts.num_classes)
 
     def pool_weights(self, cosine_BNM: Tensor) -> Tensor:

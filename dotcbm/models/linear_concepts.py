@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dotcbm.losses import concept_loss
-from dotcbm.models.pooling import Scaling, frequency_logit
+from dotcbm.models.pooling import Scaling
+from dotcbm.models.readout import frequency_logit
 from dotcbm.structures import Problem
 
 __all__ = ["Calibration", "LinearConcepts", "Moments", "cubed_cosine"]

@@ -16,23 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dotcbm.models.base import Bottleneck
+from dotcbm.models.readout import frequency_logit
 from dotcbm.structures import PatchFeatures, Problem
 
-__all__ = ["PooledBottleneck", "Scaling", "frequency_logit"]
+__all__ = ["PooledBottleneck", "Scaling"]
 
 Scaling = Literal["none", "half", "full"]
-
-
-def frequency_logit(problem: Problem) -> Tensor:
-    """(M,) logits of the concepts' frequency in training, cut at 1 in 100; 0 where it is not known.
-
-    The start of the biases of linear concepts on centred features, which carry the frequency alone: at a rate of 0.005 a few hundred
-    steps do not bring them there.
-    """
-    frequency_M = problem.concept_frequency_M
-    if frequency_M is None:
-        return torch.zeros(problem.concepts.num_concepts)
-    return torch.logit(frequency_M.float(), eps=0.01)
 
 
 class PooledBottleneck(Bottleneck):

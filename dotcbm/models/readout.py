@@ -11,41 +11,68 @@ its evidence, is exact and not an attribution made afterwards.
 `paper` is degenerate: a column of the plan holds mass gamma_j spread over N patches and a cosine cost is at most 2, so the
 minimum lies in [0, 2 gamma_j / N] and every probability equals sigmoid(1) to four digits whatever the picture shows. It
 stays selectable so that an ablation can show it. With weights 1 / N, `value` on the encoder's features is the vanilla CBM.
+
+Where beta starts decides how far a cosine gets. Concepts are rare; started at 0, the readout first learns their frequency by turning
+all patches away from all concepts, and does not always come back from there. `bias="frequency"` starts it there.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Readout", "ReadoutKind", "ValueOn"]
+from dotcbm.structures import Problem
+
+__all__ = ["BiasStart", "Readout", "ReadoutKind", "ValueOn", "frequency_logit"]
 
 ReadoutKind = Literal["paper", "cosine", "value"]
 ValueOn = Literal["encoder", "adapted"]
+BiasStart = Literal["zero", "frequency"]
+
+
+def frequency_logit(problem: Problem) -> Tensor:
+    """(M,) logits of the concepts' frequency in training, cut at 1 in 100; 0 where it is not known.
+
+    The start of the biases of linear concepts on centred features, which carry the frequency alone: at a rate of 0.005 a few hundred
+    steps do not bring them there.
+    """
+    frequency_M = problem.concept_frequency_M
+    if frequency_M is None:
+        return torch.zeros(problem.concepts.num_concepts)
+    return torch.logit(frequency_M.float(), eps=0.01)
 
 
 class Readout(nn.Module):
     """Patch weights to concept logits; see the head of this file."""
 
-    def __init__(self, kind: ReadoutKind, *, num_concepts: int, width: int, initial_scale: float = 10.0) -> None:
+    def __init__(self, kind: ReadoutKind, problem: Problem, *, width: int, scale: float = 10.0, bias: BiasStart = "zero") -> None:
         """Args:
         kind: Which formula.
-        num_concepts: M.
+        problem: Gives the number of concepts, and their frequency.
         width: Width D of the features that `value` reads.
-        initial_scale: alpha_j at the start; cosines of a fresh model are small.
+        scale: alpha_j at the start; cosines of a fresh model are small.
+        bias: Where beta_j starts: at 0, or at the logit of the concept's frequency in training.
+
+        Raises:
+            ValueError: A scale that is not positive, or a start that does not exist.
         """
         super().__init__()
+        if scale <= 0:
+            raise ValueError(f"readout_scale must be positive, got {scale}: with a negative one, unlike patches would speak for a concept")
+        if bias not in get_args(BiasStart):
+            raise ValueError(f"readout_bias is {bias!r}; choose one of {list(get_args(BiasStart))}")
+        num_concepts = problem.concepts.num_concepts
         self.kind: ReadoutKind = kind
         if kind == "cosine":
             # softplus keeps alpha positive; its inverse gives the start.
-            self.raw_alpha_M = nn.Parameter(torch.full((num_concepts,), initial_scale).expm1().log())
+            self.raw_alpha_M = nn.Parameter(torch.full((num_concepts,), scale, dtype=torch.float64).expm1().log().float())
         if kind == "value":
             self.value = nn.Linear(width, num_concepts, bias=False)
         if kind != "paper":
-            self.beta_M = nn.Parameter(torch.zeros(num_concepts))
+            self.beta_M = nn.Parameter(frequency_logit(problem) if bias == "frequency" else torch.zeros(num_concepts))
 
     def forward(
         self, weight_BNM: Tensor, *, cosine_BNM: Tensor, feature_BND: Tensor, mass_BM: Tensor | None = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ BOTTLENECKS: dict[str, Callable[[Problem], Bottleneck]] = {
     "max": lambda p: DotProduct(p, pooling="max", dim=8),
     "softmax value": lambda p: DotProduct(p, pooling="softmax", readout="value", dim=8),
     "softmax value adapted": lambda p: DotProduct(p, pooling="softmax", readout="value", value_on="adapted", dim=8),
+    "max from the frequency": lambda p: DotProduct(p, pooling="max", dim=8, readout_scale=40.0, readout_bias="frequency"),
     "dot": lambda p: DotCBM(p, dim=8),
     "dot cosine": lambda p: DotCBM(p, dim=8, readout="cosine", null_patch=0.3),
     "dot adapted": lambda p: DotCBM(p, dim=8, value_on="adapted", null_concept=0.0, concept_prior="figure2"),
@@ -259,3 +261,25 @@ def test_linear_probe_reads_the_global_token() -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DotCBM(make_problem(), **settings)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("make", [partial(DotProduct, dim=8), partial(DotCBM, dim=8)])
+def test_readouts_start_at_the_frequency_of_the_concepts_where_they_are_told_to(make: Callable[..., Bottleneck]) -> None:
+    problem = make_problem()
+    frequency_M = problem.concept_frequency_M
+    assert frequency_M is not None
+    told = make(problem, readout="cosine", readout_scale=40.0, readout_bias="frequency")
+    beta_M, alpha_M = told.get_parameter("readout.beta_M"), told.get_parameter("readout.raw_alpha_M")
+    torch.testing.assert_close(beta_M.sigmoid(), frequency_M.clamp(0.01, 0.99))
+    torch.testing.assert_close(torch.nn.functional.softplus(alpha_M), torch.full((M,), 40.0))
+    assert not make(problem, readout="cosine").get_parameter("readout.beta_M").any()
+    unknown = make(replace(problem, concept_frequency_M=None), readout="cosine", readout_bias="frequency")
+    assert not unknown.get_parameter("readout.beta_M").any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"), [({"readout_scale": 0.0}, "readout_scale must be positive"), ({"readout_bias": "mean"}, "readout_bias is 'mean'")]
+)
+def test_starts_of_a_readout_that_make_no_sense_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        DotProduct(make_problem(), **settings)
