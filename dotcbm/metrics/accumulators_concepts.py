@@ -6,14 +6,16 @@ B pictures, M concepts, S steps of an intervention.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from dotcbm.metrics.leakage import concept_task_leakage
+from dotcbm.metrics.leakage import concept_task_leakage, interconcept_leakage, niche_impurity, oracle_impurity
 
-__all__ = ["ConceptTaskLeakage", "InterventionAccuracy"]
+__all__ = ["ConceptTaskLeakage", "InterConceptLeakage", "InterventionAccuracy", "NicheImpurity", "OracleImpurity"]
 
 
 class InterventionAccuracy(Metric):
@@ -80,3 +82,60 @@ class ConceptTaskLeakage(Metric):
         """A scalar; NaN where no concept is defined."""
         columns = (dim_zero_cat(self.score), dim_zero_cat(self.target), dim_zero_cat(self.label))
         return concept_task_leakage(*columns, k=self.k, seed=self.seed).nanmean()
+
+
+class _PairedLeakage(Metric, ABC):
+    """Keeps every score. What is drawn from the pictures (the held-out ones) follows their order: that of the ranks, then of batches."""
+
+    higher_is_better = False
+    is_differentiable = False
+    full_state_update = False
+    score: list[Tensor]
+    target: list[Tensor]
+
+    def __init__(self, *, seed: int = 0) -> None:
+        super().__init__()
+        self.seed = seed
+        for name in ("score", "target"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(self, concept_BM: Tensor, truth_BM: Tensor) -> None:
+        """Take a batch of predicted concepts, and of their truth in {0, 1, NaN}."""
+        self.score.append(concept_BM.detach())
+        self.target.append(truth_BM.detach())
+
+    def compute(self) -> Tensor:
+        """A scalar, float64; NaN where the score is not defined."""
+        return self._formula(dim_zero_cat(self.score), dim_zero_cat(self.target))
+
+    @abstractmethod
+    def _formula(self, concept_NM: Tensor, truth_NM: Tensor) -> Tensor: ...
+
+
+class InterConceptLeakage(_PairedLeakage):
+    """Mean of `dotcbm.metrics.leakage.interconcept_leakage` over the pairs of concepts.
+
+    Args:
+        num_pairs, k, seed: As of the function.
+    """
+
+    def __init__(self, *, num_pairs: int | None = 1000, k: int = 3, seed: int = 0) -> None:
+        super().__init__(seed=seed)
+        self.num_pairs, self.k = num_pairs, k
+
+    def _formula(self, concept_NM: Tensor, truth_NM: Tensor) -> Tensor:
+        return interconcept_leakage(concept_NM, truth_NM, num_pairs=self.num_pairs, k=self.k, seed=self.seed).nanmean()
+
+
+class OracleImpurity(_PairedLeakage):
+    """`dotcbm.metrics.leakage.oracle_impurity` (OIS)."""
+
+    def _formula(self, concept_NM: Tensor, truth_NM: Tensor) -> Tensor:
+        return torch.tensor(oracle_impurity(concept_NM, truth_NM, seed=self.seed), dtype=torch.float64)
+
+
+class NicheImpurity(_PairedLeakage):
+    """`dotcbm.metrics.leakage.niche_impurity` (NIS)."""
+
+    def _formula(self, concept_NM: Tensor, truth_NM: Tensor) -> Tensor:
+        return torch.tensor(niche_impurity(concept_NM, truth_NM, seed=self.seed), dtype=torch.float64)

@@ -7,9 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import distributed, multiprocessing
+from torchmetrics import Metric
 
-from dotcbm.metrics.accumulators_concepts import ConceptTaskLeakage, InterventionAccuracy
-from dotcbm.metrics.leakage import concept_task_leakage
+from dotcbm.metrics.accumulators_concepts import (
+    ConceptTaskLeakage,
+    InterConceptLeakage,
+    InterventionAccuracy,
+    NicheImpurity,
+    OracleImpurity,
+)
+from dotcbm.metrics.leakage import concept_task_leakage, interconcept_leakage, niche_impurity, oracle_impurity
 
 N, M, S = 60, 3, 4
 HITS = torch.rand(N, S, generator=torch.Generator().manual_seed(0)).round()
@@ -18,17 +25,29 @@ TRUTH = torch.stack([LABEL % 2, LABEL // 3, LABEL == 1], 1).float()
 CONCEPT = TRUTH + LABEL[:, None] / 20 + 0.1 * torch.rand(N, M, generator=torch.Generator().manual_seed(1))
 
 
-def _fill(rows: slice) -> tuple[InterventionAccuracy, ConceptTaskLeakage]:
-    curve, leakage = InterventionAccuracy(S), ConceptTaskLeakage()
+# Metric and its function; what ICL, OIS and NIS take has no class.
+PAIRED = (
+    (InterConceptLeakage(seed=1), float(interconcept_leakage(CONCEPT, TRUTH, seed=1).nanmean())),
+    (OracleImpurity(seed=1), oracle_impurity(CONCEPT, TRUTH, seed=1)),
+    (NicheImpurity(seed=1), niche_impurity(CONCEPT, TRUTH, seed=1)),
+)
+
+
+def _fill(rows: slice) -> tuple[InterventionAccuracy, ConceptTaskLeakage, list[Metric]]:
+    curve, leakage, paired = InterventionAccuracy(S), ConceptTaskLeakage(), [metric.clone() for metric, _ in PAIRED]
     for batch in torch.arange(N)[rows].split(13):
         curve.update(HITS[batch])
         leakage.update(CONCEPT[batch], TRUTH[batch], LABEL[batch])
-    return curve, leakage
+        for metric in paired:
+            metric.update(CONCEPT[batch], TRUTH[batch])
+    return curve, leakage, paired
 
 
-def _check(curve: InterventionAccuracy, leakage: ConceptTaskLeakage) -> None:
+def _check(curve: InterventionAccuracy, leakage: ConceptTaskLeakage, paired: list[Metric]) -> None:
     torch.testing.assert_close(curve.compute(), HITS.double().mean(0))
     torch.testing.assert_close(leakage.compute(), concept_task_leakage(CONCEPT, TRUTH, LABEL).nanmean(), atol=1e-9, rtol=0)
+    for metric, (_, expected) in zip(paired, PAIRED):
+        assert float(metric.compute()) == pytest.approx(expected, abs=1e-9)
 
 
 def _rank(rank: int, store: str) -> None:
@@ -40,6 +59,7 @@ def _rank(rank: int, store: str) -> None:
 
 def test_batches_add_up_to_the_function() -> None:
     assert concept_task_leakage(CONCEPT, TRUTH, LABEL).nanmean() > 0.05
+    assert all(0 < expected < 1 for _, expected in PAIRED)
     _check(*_fill(slice(0, N)))
 
 
