@@ -86,6 +86,7 @@ def test_processes_share_the_runs_without_overlap(tmp_path: Path) -> None:
         ("class: Synthetic", "class: Synthetics", "Synthetics"),
         ("name: DOT-CBM", "name: Linear Probe", "linear-probe"),
         ("epochs: 1", "epoch: 1", "epoch"),
+        ("bottleneck: LinearProbe", "bottleneck: LinearProbe, epochs: {nowhere: 3}", "nowhere"),
         ("seeds: [0, 1]", "", "seeds"),
     ],
 )
@@ -159,6 +160,13 @@ def test_worlds_say_only_what_differs_and_are_run_and_recorded_apart(tmp_path: P
         ("linear probe", "far", 8),
     ]
     assert sorted(found.name for found in (tmp_path / "records").glob("*.json")) == ["dot-seed0.json", "far-linear-probe-seed0.json"]
+
+
+def test_epochs_of_a_row_hold_in_the_worlds_that_they_are_given_for() -> None:
+    world = World({}, {}, {}, {}, 8)
+    row = Row("slow", "CBM", epochs={MAIN: 60})
+    assert [row.epochs_in(name, world) for name in (MAIN, "far")] == [60, 8]
+    assert [replace(row, epochs=told).epochs_in("far", world) for told in (3, None)] == [3, 8]
 
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class Row:
         bottleneck: Class name.
         settings: Its settings.
         task: Settings of `ConceptTask` on top of the world's.
-        epochs: Instead of the world's.
+        epochs: Instead of the worlds', or {world: epochs} for some of them.
         worlds: Where it is run; everywhere by default.
     """
 
@@ -64,8 +64,13 @@ class Row:
     bottleneck: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     task: Mapping[str, Any] = field(default_factory=dict)
-    epochs: int | None = None
+    epochs: int | Mapping[str, int] | None = None
     worlds: Sequence[str] | None = None
+
+    def epochs_in(self, name: str, world: World) -> int:
+        """Passes over the training pictures of a world."""
+        told = self.epochs.get(name) if isinstance(self.epochs, Mapping) else self.epochs
+        return told or world.epochs
 
     @property
     def slug(self) -> str:
@@ -177,7 +182,7 @@ def runs_of(study: Study, only: Sequence[str] = ()) -> Iterator[Run]:
 def run_settings(study: Study, run: Run) -> dict[str, Any]:
     """What a record is compared by: the bottleneck with all settings that are not the world's data."""
     world, row = study.worlds[run.world], run.row
-    return {"bottleneck": row.bottleneck, **row.settings, **world.task, **row.task, "epochs": row.epochs or world.epochs}
+    return {"bottleneck": row.bottleneck, **row.settings, **world.task, **row.task, "epochs": row.epochs_in(run.world, world)}
 
 
 def read_records(study: Study, directory: Path) -> list[Record]:
@@ -241,7 +246,8 @@ def _check(study: Study, path: Path) -> None:
     for row in study.rows:
         if row.bottleneck not in bottlenecks:
             raise ValueError(f"{path}: row {row.name!r} has the bottleneck {row.bottleneck!r}; choose from {sorted(bottlenecks)}")
-        strange = sorted(set(row.worlds or ()) - set(study.worlds))
+        named = {*(row.worlds or ()), *(row.epochs if isinstance(row.epochs, Mapping) else ())}
+        strange = sorted(named - set(study.worlds))
         if strange:
             raise ValueError(f"{path}: row {row.name!r} names the worlds {strange}; the study has {list(study.worlds)}")
     for world in study.worlds.values():

@@ -103,7 +103,7 @@ def _run(study: Study, run: Run, *, encoder: ImageEncoder | None, data: ConceptD
     bottleneck = partial(subclasses(Bottleneck, package="dotcbm.models")[row.bottleneck], **row.settings)
     task = ConceptTask(encoder, bottleneck, **{**world.task, **row.task, "seed": run.seed})
     trainer = pl.Trainer(
-        max_epochs=row.epochs or world.epochs,
+        max_epochs=row.epochs_in(run.world, world),
         devices=1,
         logger=False,
         enable_checkpointing=False,
