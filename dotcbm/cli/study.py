@@ -24,6 +24,12 @@ def run(command: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--only", action="append", default=[], metavar="ROW", help="a row of the study; may be given more than once")
     parser.add_argument("--world", action="append", default=[], metavar="NAME", help="a world of the study; may be given more than once")
     parser.add_argument("--share", default="1/1", metavar="I/N", help="make every N-th missing run, from the I-th (for N processes)")
+    parser.add_argument(
+        "--stage",
+        choices=("all", "train", "measure"),
+        default="all",
+        help="train: leave the models only; measure: test and audit the models that are there (default: %(default)s)",
+    )
     parser.add_argument("--report", type=Path, metavar="DIR", help="write tables.md, a figure for each claim and records.jsonl there")
     parser.add_argument("--no-runs", action="store_true", help="make no run: tables and figures of the records that are there")
     given = parser.parse(arguments)
@@ -47,11 +53,14 @@ def run(command: str, arguments: Sequence[str]) -> int:
                 only=given.only,
                 worlds=given.world,
                 share=(int(number) - 1, int(of)),
+                stage=given.stage,
                 say=lambda line: print(line, file=sys.stderr, flush=True),
             )
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on with the runs that have no record yet", file=sys.stderr)
             return 130
+    if given.stage == "train":
+        return 0
     if not records:
         raise ValueError(f"{out}: no record of the study {study.name} there; run it without --no-runs")
     for claim in study.claims or (default_claim(records),):

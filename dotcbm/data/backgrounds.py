@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dotcbm.data.backgrounds_paint import blurred_background, coloured_background, swap_background
+from dotcbm.data.backgrounds_paint import PAINT, blurred_background, coloured_background, swap_background
 from dotcbm.data.source import ConceptDataset, ConceptSource
 from dotcbm.structures import ConceptSet
 
@@ -149,7 +149,7 @@ class Backgrounds(ConceptSource):
             dataset,
             read_image=read,
             group_N=dataset.group_N if group_N is None else group_N,
-            source_key=f"{dataset.source_key} | Backgrounds-1 kind={self.kind} split={dataset.split} seed={self.seed} {key}",
+            source_key=f"{dataset.source_key} | Backgrounds-{PAINT} kind={self.kind} split={dataset.split} seed={self.seed} {key}",
         )
 
     def _usable(self, base: ConceptDataset, *, split: str) -> tuple[list[int], str]:

@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["blurred_background", "coloured_background", "paint_out", "swap_background"]
+__all__ = ["PAINT", "blurred_background", "coloured_background", "paint_out", "swap_background"]
+
+PAINT = 1
+"""Part of the keys of what is computed from painted pictures; raised when the paint looks different."""
 
 _RIM = 2  # pixels around the object that are mixed; masks are drawn by hand, and photos blur edges over about as many
 _RIM_SHARE = (0.6, 0.25)  # of the old picture at 1 and at 2 pixels from the object

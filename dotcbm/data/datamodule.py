@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -163,19 +163,43 @@ class ConceptDataModule(LightningDataModule):
             view: How the pictures are shown.
             device: Where to run the encoder if they must be computed; where it is by default.
         """
-        encoder = self._known_encoder()
-        if self.cache_dir is None or getattr(encoder, "trainable", False):
+        if not self.caches_features:
             return None
         if (split, view) not in self._caches:
-            with _placed(encoder, device):
-                self._caches[split, view] = cache_features(
-                    self.dataset(split),
-                    encoder=encoder,
-                    prepare=partial(prepare_view, preprocessing=encoder.preprocessing, view=view),
-                    directory=self.cache_dir,
-                    view=view,
-                )
+            with _placed(self._known_encoder(), device):
+                self._caches[split, view] = self.cache_pictures(self.dataset(split), view=view)
         return self._caches[split, view]
+
+    @property
+    def caches_features(self) -> bool:
+        """Whether features are kept on disk: there is a folder for them, and the encoder is frozen."""
+        return self.cache_dir is not None and not getattr(self._known_encoder(), "trainable", False)
+
+    def cache_pictures(
+        self, dataset: ConceptDataset, *, view: View = "plain", progress: bool = True, advance: Callable[[int], None] | None = None
+    ) -> FeatureCache:
+        """The features of any pictures, from the cache folder or computed into it.
+
+        Args:
+            dataset: The pictures; its fingerprint must say all that they depend on.
+            view: How they are shown.
+            progress, advance: See `cache_features`.
+
+        Raises:
+            ValueError: `caches_features` is false.
+        """
+        if self.cache_dir is None or not self.caches_features:
+            raise ValueError("features are cached for frozen encoders and with a cache_dir only")
+        encoder = self._known_encoder()
+        return cache_features(
+            dataset,
+            encoder=encoder,
+            prepare=partial(prepare_view, preprocessing=encoder.preprocessing, view=view),
+            directory=self.cache_dir,
+            view=view,
+            progress=progress,
+            advance=advance,
+        )
 
     def train_dataloader(self) -> DataLoader[ConceptBatch]:
         """Shuffled batches of the training split; a new order and new views in each epoch."""
@@ -190,7 +214,11 @@ class ConceptDataModule(LightningDataModule):
 
     def test_dataloader(self) -> list[DataLoader[ConceptBatch]]:
         """One loader for each of `evaluate_splits`, with all annotations."""
-        return [self._loader(split, annotations="all") for split in self.evaluate_splits]
+        return [self.loader(split) for split in self.evaluate_splits]
+
+    def loader(self, split: str) -> DataLoader[ConceptBatch]:
+        """Batches of any split in order, with all annotations."""
+        return self._loader(split, annotations="all")
 
     def plain_loader(self, split: str, *, annotations: Annotations = "labels", view: View = "plain") -> DataLoader:
         """All rows of a split once, in order, on this process, for work beside the training loop (fitting the head)."""

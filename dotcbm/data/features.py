@@ -143,6 +143,7 @@ def cache_features(
     batch_size: int = 32,
     progress: bool = True,
     dtype: FeatureType = "float16",
+    advance: Callable[[int], None] | None = None,
 ) -> FeatureCache:
     """The features of `dataset`, from `directory` if they lie there, else computed and written there.
 
@@ -157,6 +158,7 @@ def cache_features(
         batch_size: Pictures that go through the encoder at once; fewer on a CPU, where small batches are faster.
         progress: Print the size and a progress bar (to stderr).
         dtype: "float32" for features beyond the range of float16; twice the size.
+        advance: Told how many pictures are encoded, for a bar of the caller's in place of ours.
 
     Raises:
         ValueError: An empty split, or features that are not finite or too large for `dtype`.
@@ -186,7 +188,15 @@ def cache_features(
             writer = _Writer(partial, layout)
             _check_room(path.parent, layout, done=writer.num_rows, split=dataset.split, progress=progress)
             writer.write(
-                _encode(dataset, encoder=encoder, prepare=prepare, start=writer.num_rows, batch_size=batch_size, progress=progress)
+                _encode(
+                    dataset,
+                    encoder=encoder,
+                    prepare=prepare,
+                    start=writer.num_rows,
+                    batch_size=batch_size,
+                    progress=progress and advance is None,
+                    advance=advance,
+                )
             )
             meta = {
                 "format": _FORMAT,
@@ -248,6 +258,7 @@ def _encode(
     start: int,
     batch_size: int,
     progress: bool,
+    advance: Callable[[int], None] | None,
 ) -> Iterator[PatchFeatures]:
     """The features of the rows from `start` on, batch by batch, without gradients, on the CPU."""
     module = encoder if isinstance(encoder, nn.Module) else None
@@ -267,6 +278,8 @@ def _encode(
 
     batches = [range(i, min(i + batch_size, len(dataset))) for i in range(start, len(dataset), batch_size)]
     pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))  # pictures are decoded while the encoder works
+    if advance is not None and start:
+        advance(start)
     try:
         coming = [pool.submit(load, row) for row in batches[0]] if batches else []
         description = f"Encoding {dataset.split}"
@@ -276,6 +289,8 @@ def _encode(
             with torch.no_grad():
                 features = encoder(pictures).to("cpu", torch.float32)
             yield features
+            if advance is not None:
+                advance(len(features.global_BD))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         if module:

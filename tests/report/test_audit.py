@@ -328,6 +328,23 @@ def test_three_pictures(encoder, cache):
     assert html(found)
 
 
+def test_swapped_pictures_are_encoded_once_for_all_models(encoder, dot, tmp_path):
+    seen: list[int] = []
+    settings = replace(QUICK, depth="figures", num_occluded=0)
+    data = data_of(DRAWN, tmp_path)
+    first = audit(dot, data, settings=settings)
+    hook = encoder.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
+    try:
+        audit(model_of(encoder, DRAWN, CBM), data, settings=settings)
+        assert seen == []
+        direct = audit(dot, data_of(DRAWN, None), settings=settings)
+    finally:
+        hook.remove()
+    assert sum(seen) > 2 * settings.num_swapped
+    for name in ("suspects/swap_fall", "suspects/swap_log_odds"):
+        assert first.figure(name).value.value == pytest.approx(direct.figure(name).value.value, abs=0.04)  # cached in half precision
+
+
 def test_names_that_html_would_obey(encoder, cache):
     source = Changed(DRAWN, names=("<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "a & b | c"))
     found = audit(model_of(encoder, source, CBM), data_of(source, cache), settings=QUICK)

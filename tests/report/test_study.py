@@ -61,6 +61,33 @@ def test_every_run_is_made_once_and_a_stopped_study_goes_on(tmp_path: Path) -> N
     assert len(said) == 2
 
 
+def test_models_that_are_there_are_measured_without_being_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    study, out = make_study(tmp_path), tmp_path / "records"
+    assert run_study(study, out, stage="measure", say=str) == []
+    assert run_study(study, out, stage="train", only=["DOT-CBM"], say=str) == []
+    said: list[str] = []
+    assert run_study(study, out, stage="train", only=["DOT-CBM"], say=said.append) == said == []
+    monkeypatch.setattr("dotcbm.report.study.run.train", lambda *a, **k: pytest.fail("a model that is there was trained again"))
+    first = run_study(study, out, stage="measure", say=str)
+    assert [(record.row, record.seed) for record in first] == [("DOT-CBM", 0), ("DOT-CBM", 1)]
+    for path in out.glob("*.json"):
+        path.unlink()
+    again = run_study(study, out, only=["DOT-CBM"], say=str)
+    assert [record.figures for record in again] == [record.figures for record in first]
+
+
+def test_a_model_of_other_settings_is_not_measured(tmp_path: Path) -> None:
+    study, out = make_study(tmp_path), tmp_path / "records"
+    run_study(study, out, stage="train", only=["DOT-CBM"], say=str)
+    changed = replace(study, rows=(study.rows[0], replace(study.rows[1], settings={"dim": 4, "iterations": 5})))
+    with pytest.raises(ValueError, match=r"models/dot-cbm-seed0.json: made with other settings than 'DOT-CBM' has now \(dim\); delete it"):
+        run_study(changed, out, only=["DOT-CBM"], say=str)
+    (out / "models" / "dot-cbm-seed0.json").write_text("{")
+    with pytest.raises(ValueError, match=r"dot-cbm-seed0.json: says nothing of a training .* trains the model again"):
+        run_study(study, out, only=["DOT-CBM"], say=str)
+
+
 def test_records_of_other_settings_are_not_taken_for_the_study(tmp_path: Path) -> None:
     study, out = make_study(tmp_path), tmp_path / "records"
     run_study(study, out, only=["DOT-CBM"], say=str)

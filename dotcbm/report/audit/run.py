@@ -116,7 +116,17 @@ def _gather(
         columns=columns,
         train=train,
         others=rest,
-        swap=swap(model, data, columns, swapped, store=store, advance=stage("swap", len(swapped))) if len(swapped) else None,
+        swap=swap(
+            model,
+            data,
+            columns,
+            swapped,
+            store=store,
+            encoded=stage("swapped pictures", 2 * len(swapped)) if data.caches_features else None,
+            advance=stage("swap", len(swapped)),
+        )
+        if len(swapped)
+        else None,
         occlusion=occlude(model, data, columns, covered, settings=settings, store=store, advance=stage("occlusion", len(covered)))
         if len(covered)
         else None,

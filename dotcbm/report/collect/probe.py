@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from dotcbm.data.backgrounds import swap_background
-from dotcbm.data.batches import mix_seed
+from dotcbm.data.backgrounds_paint import PAINT, swap_background
+from dotcbm.data.batches import Rows, mix_seed
 from dotcbm.data.datamodule import ConceptDataModule
+from dotcbm.data.source import ConceptDataset
 from dotcbm.data.transforms import collate, prepare_sample
 from dotcbm.metrics.faithfulness import cover, random_region, region_of
 from dotcbm.models.concept_model import ConceptModel
@@ -25,7 +27,7 @@ from dotcbm.report.collect.maps import explaining_map
 from dotcbm.report.collect.run import Columns, evaluating, run
 from dotcbm.report.collect.settings import AuditSettings
 from dotcbm.report.collect.store import Store
-from dotcbm.structures import ConceptOutput, ConceptSample
+from dotcbm.structures import ConceptBatch, ConceptOutput
 
 __all__ = ["Occlusion", "Swap", "occlude", "plan_occlusion", "plan_swap", "swap"]
 
@@ -101,6 +103,35 @@ def plan_swap(columns: Columns, *, settings: AuditSettings) -> Tensor:
     return torch.tensor(triples, dtype=torch.long).view(-1, 3)
 
 
+def swapped_pictures(dataset: ConceptDataset, columns: Columns, plan_S3: Tensor) -> ConceptDataset:
+    """2 S pictures of a plan: each object on the background of its own class, and then of another one."""
+    row_N, triples = columns.row_N, plan_S3.tolist()
+    pairs = [(int(row_N[n]), int(row_N[donor])) for n, same, other in triples for donor in (same, other)]
+    shown = dataset.subset([row for row, _ in pairs])
+    return replace(
+        shown,
+        names=tuple(f"{dataset.names[row]} on {dataset.names[donor]}" for row, donor in pairs),
+        read_image=partial(_swapped, dataset, pairs),
+        read_size=partial(_size_of, dataset, pairs),
+        read_foreground=None,
+        read_part_masks=None,
+        source_key=f"{dataset.source_key} swapped {PAINT}",
+        rows=None,
+    )
+
+
+def _swapped(dataset: ConceptDataset, pairs: Sequence[tuple[int, int]], index: int) -> Tensor:
+    shown, lent = (dataset.sample(row) for row in pairs[index])
+    assert shown.image is not None
+    assert shown.foreground_HW is not None
+    assert lent.image is not None
+    return swap_background(shown.image, shown.foreground_HW, lent.image, lent.foreground_HW)
+
+
+def _size_of(dataset: ConceptDataset, pairs: Sequence[tuple[int, int]], index: int) -> tuple[int, int]:
+    return dataset.sample(pairs[index][0], image=False, masks=False).size
+
+
 def swap(
     model: ConceptModel,
     data: ConceptDataModule,
@@ -108,23 +139,28 @@ def swap(
     plan_S3: Tensor,
     *,
     store: Store,
+    encoded: Callable[[int], None] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Swap:
-    """Make the swaps of `plan_swap` and show them to the model."""
-    dataset = data.dataset(columns.split)
+    """Make the swaps of `plan_swap` and show them to the model.
+
+    What a frozen encoder sees in them is cached like the features of a split: other models on the same pictures find it there.
+
+    Args:
+        model, data, columns, store: Of the audit.
+        plan_S3: See `plan_swap`.
+        encoded: Told how many pictures the encoder has seen, where its features are cached.
+        advance: Told how many swaps were shown to the model.
+    """
+    dataset = swapped_pictures(data.dataset(columns.split), columns, plan_S3)
+    caches = [data.cache_pictures(dataset, progress=False, advance=encoded)] if data.caches_features else None
+    rows = Rows(dataset, preprocessing=model.preprocessing, caches=caches, annotations="labels")
 
     def piece(start: int) -> dict[str, Tensor]:
-        samples: list[ConceptSample] = []
-        for n, same, other in plan_S3[start : start + _PIECE].tolist():
-            sample = dataset.sample(int(columns.row_N[n]))
-            for donor in (same, other):
-                lent = dataset.sample(int(columns.row_N[donor]))
-                assert sample.image is not None
-                assert sample.foreground_HW is not None
-                assert lent.image is not None
-                picture = swap_background(sample.image, sample.foreground_HW, lent.image, lent.foreground_HW)
-                samples.append(replace(sample, image=picture))
-        class_logit, concept = _shown(model, samples)
+        shown = [(row, 0) for row in range(2 * start, min(2 * (start + _PIECE), len(dataset)))]
+        outputs = [_output(model, rows[shown[i : i + _AT_ONCE]]) for i in range(0, len(shown), _AT_ONCE)]
+        class_logit = torch.cat([output.class_logit_BK for output in outputs])
+        concept = torch.cat([output.concept_BM for output in outputs])
         return {
             "same_logit": class_logit[0::2],
             "other_logit": class_logit[1::2],
@@ -183,7 +219,7 @@ def occlude(
             map_HW = found[1][0, :, 0].unflatten(0, plain.grid)
             hot_HW = region_of(map_HW)
             cold_HW = random_region(hot_HW, seed=mix_seed(settings.seed, _OCCLUDE, row, concept))
-            covered = _output(model, [replace(sample, image=cover(sample.image, mask_HW)) for mask_HW in (hot_HW, cold_HW)])
+            covered = _output(model, collate([replace(sample, image=cover(sample.image, mask_HW)) for mask_HW in (hot_HW, cold_HW)]))
             before.append(plain.concept_BM[0, concept])
             region.append(covered.concept_BM[0, concept])
             noise.append(covered.concept_BM[1, concept])
@@ -213,15 +249,5 @@ def _pieces(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _shown(model: ConceptModel, samples: Sequence[ConceptSample]) -> tuple[Tensor, Tensor]:
-    """Class logits and concept probabilities of samples as read."""
-    outputs = [
-        _output(model, [prepare_sample(sample, preprocessing=model.preprocessing) for sample in samples[i : i + _AT_ONCE]])
-        for i in range(0, len(samples), _AT_ONCE)
-    ]
-    return torch.cat([output.class_logit_BK for output in outputs]), torch.cat([output.concept_BM for output in outputs])
-
-
-def _output(model: ConceptModel, prepared: Sequence[ConceptSample]) -> ConceptOutput:
-    device = next(model.bottleneck.parameters()).device
-    return run(model, collate(list(prepared)).to(device))[0]
+def _output(model: ConceptModel, batch: ConceptBatch) -> ConceptOutput:
+    return run(model, batch.to(next(model.bottleneck.parameters()).device))[0]

@@ -19,7 +19,22 @@ from dotcbm.catalog import subclasses
 from dotcbm.data.source import ConceptSource
 from dotcbm.models.base import Bottleneck
 
-__all__ = ["MAIN", "Claim", "Record", "Row", "Run", "Study", "World", "make_source", "read_records", "read_study", "source_of"]
+__all__ = [
+    "MAIN",
+    "Claim",
+    "Record",
+    "Row",
+    "Run",
+    "Study",
+    "World",
+    "check_settings",
+    "make_source",
+    "read_records",
+    "read_study",
+    "run_settings",
+    "runs_of",
+    "source_of",
+]
 
 MAIN = "main"
 """Name of the world that the study's own keys describe."""
@@ -200,14 +215,23 @@ def read_records(study: Study, directory: Path) -> list[Record]:
             record = Record(**json.loads(path.read_text()))
         except (json.JSONDecodeError, TypeError) as error:
             raise ValueError(f"{path}: is no record of a run ({error}); delete it, and the study makes it again") from error
-        now = json.loads(json.dumps(run_settings(study, run)))
-        if record.settings != now:
-            changed = sorted(key for key in record.settings.keys() | now if record.settings.get(key) != now.get(key))
-            raise ValueError(
-                f"{path}: made with other settings than {run.row.name!r} has now ({', '.join(changed)}); delete it, or choose another --out"
-            )
+        check_settings(record.settings, study=study, run=run, path=path)
         records.append(record)
     return records
+
+
+def check_settings(settings: Mapping[str, Any], *, study: Study, run: Run, path: Path) -> None:
+    """Check that what lies at `path` was made with the settings that a run has now.
+
+    Raises:
+        ValueError: It was not; the settings that differ are named.
+    """
+    now = json.loads(json.dumps(run_settings(study, run)))
+    changed = sorted(key for key in settings.keys() | now if settings.get(key) != now.get(key))
+    if changed:
+        raise ValueError(
+            f"{path}: made with other settings than {run.row.name!r} has now ({', '.join(changed)}); delete it, or choose another --out"
+        )
 
 
 def make_source(described: Mapping[str, Any]) -> ConceptSource:
