@@ -22,6 +22,7 @@ Annotations = Literal["all", "foreground", "labels"]
 View = Literal["plain", "flip", "coarse", "flip_coarse"]
 VIEWS: tuple[View, ...] = get_args(View)
 """How a picture can be shown: as it is, mirrored, with the detail of a small picture, or both."""
+_AT_ONCE = 64  # pictures whose patches are in memory while they are averaged
 Row = tuple[int, int]
 """A row of a split and the number of the view it is shown in."""
 
@@ -110,6 +111,7 @@ class Rows(Dataset[ConceptBatch]):
         caches: Sequence[FeatureCache] | None = None,
         annotations: Annotations = "all",
         in_memory: bool = False,
+        mean_patch: bool = False,
         skip_bad: bool = False,
     ) -> None:
         """Args:
@@ -120,6 +122,7 @@ class Rows(Dataset[ConceptBatch]):
         annotations: "labels" gives only labels and concepts (the batch's `size_B2` is then the input's), "foreground" adds
             points, box and the object's mask, "all" adds the part masks.
         in_memory: Keep what was read: features, and annotations as they were prepared.
+        mean_patch: Of cached features give the mean over the patches in their place, as one patch in float32, and keep it in memory.
         skip_bad: Leave undecodable pictures out of their batch, with a warning, instead of raising.
         """
         if annotations == "foreground":
@@ -130,7 +133,11 @@ class Rows(Dataset[ConceptBatch]):
         self.caches = caches
         self.annotations = annotations
         self.skip_bad = skip_bad
-        self._resident = [cache.read(range(len(cache))) for cache in caches] if caches and in_memory else None
+        self._resident: list[PatchFeatures] | None = None
+        if caches and mean_patch:
+            self._resident = [_mean_patches(cache) for cache in caches]
+        elif caches and in_memory:
+            self._resident = [cache.read(range(len(cache))) for cache in caches]
         self._kept: dict[tuple[Row, ...], ConceptBatch] | None = {} if in_memory and annotations != "labels" else None
         self._samples: dict[int, ConceptSample] | None = {} if in_memory and not caches else None
 
@@ -206,6 +213,16 @@ class Rows(Dataset[ConceptBatch]):
         if self._samples is not None:
             self._samples[row] = sample
         return sample
+
+
+def _mean_patches(cache: FeatureCache) -> PatchFeatures:
+    """The features of all rows, with the mean of the patches as the only patch."""
+    parts = [cache.read(rows) for rows in torch.arange(len(cache)).split(_AT_ONCE)]
+    return PatchFeatures(
+        patch_BND=torch.cat([part.patch_BND.float().mean(1, keepdim=True) for part in parts]),
+        global_BD=torch.cat([part.global_BD for part in parts]),
+        grid=(1, 1),
+    )
 
 
 def _empty(dataset: ConceptDataset) -> ConceptBatch:

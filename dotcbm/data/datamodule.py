@@ -92,6 +92,7 @@ class ConceptDataModule(LightningDataModule):
         self.in_memory = in_memory
         self.predict_files = predict_files
         self.predict_split = predict_split
+        self.mean_patch_in_training = False  # set by what is trained, see `Bottleneck.reads_mean`
         self.skipped: list[str] = []
         self._encoder: PatchEncoder | None = None
         self._datasets: dict[str, ConceptDataset] = {}
@@ -204,13 +205,14 @@ class ConceptDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[ConceptBatch]:
         """Shuffled batches of the training split; a new order and new views in each epoch."""
         annotations = "foreground" if self.foreground_in_training else "labels"
-        return self._loader("train", annotations=annotations, views=self.views, shuffle=True)
+        return self._loader("train", annotations=annotations, views=self.views, shuffle=True, mean_patch=self.mean_patch_in_training)
 
     def val_dataloader(self) -> DataLoader[ConceptBatch] | list[DataLoader[ConceptBatch]]:
         """Batches of the validation split in order, without masks; no loader if there is no such split."""
         if not self.has_validation:
             return []
-        return self._loader("val", annotations="foreground" if self.foreground_in_training else "labels")
+        annotations = "foreground" if self.foreground_in_training else "labels"
+        return self._loader("val", annotations=annotations, mean_patch=self.mean_patch_in_training)
 
     def test_dataloader(self) -> list[DataLoader[ConceptBatch]]:
         """One loader for each of `evaluate_splits`, with all annotations."""
@@ -220,9 +222,16 @@ class ConceptDataModule(LightningDataModule):
         """Batches of any split in order, with all annotations."""
         return self._loader(split, annotations="all")
 
-    def plain_loader(self, split: str, *, annotations: Annotations = "labels", view: View = "plain") -> DataLoader:
-        """All rows of a split once, in order, on this process, for work beside the training loop (fitting the head)."""
-        rows = self._split_rows(split, annotations=annotations, views=(view,))
+    def plain_loader(
+        self, split: str, *, annotations: Annotations = "labels", view: View = "plain", mean_patch: bool = False
+    ) -> DataLoader:
+        """All rows of a split once, in order, on this process, for work beside the training loop (fitting the head).
+
+        Args:
+            split, annotations, view: What is read.
+            mean_patch: See `dotcbm.data.batches.Rows`.
+        """
+        rows = self._split_rows(split, annotations=annotations, views=(view,), mean_patch=mean_patch)
         return make_loader(rows, batch_size=self.batch_size, num_workers=0)
 
     def predict_dataloader(self) -> DataLoader[ConceptBatch]:
@@ -282,12 +291,13 @@ class ConceptDataModule(LightningDataModule):
         annotations: Annotations,
         views: tuple[View, ...] = ("plain",),
         shuffle: bool = False,
+        mean_patch: bool = False,
     ) -> DataLoader[ConceptBatch]:
-        rows = self._split_rows(split, annotations=annotations, views=views)
+        rows = self._split_rows(split, annotations=annotations, views=views, mean_patch=mean_patch)
         return self._made(rows, shuffle=shuffle)
 
-    def _split_rows(self, split: str, *, annotations: Annotations, views: tuple[View, ...]) -> Rows:
-        key = (split, f"{annotations} {views}")
+    def _split_rows(self, split: str, *, annotations: Annotations, views: tuple[View, ...], mean_patch: bool = False) -> Rows:
+        key = (split, f"{annotations} {views} {mean_patch}")
         if key not in self._rows:
             caches = [cache for view in views if (cache := self.cache(split, view=view)) is not None]
             self._rows[key] = Rows(
@@ -297,6 +307,7 @@ class ConceptDataModule(LightningDataModule):
                 caches=caches or None,
                 annotations=annotations,
                 in_memory=self.in_memory,
+                mean_patch=mean_patch,
             )
         return self._rows[key]
 

@@ -31,12 +31,15 @@ class Bottleneck(nn.Module, ABC):
         reads_concepts: Whether the classes follow from the concepts. False only for black boxes.
         trains_on_truth: Whether `forward` wants the true concepts in training (`truth_BM`).
         head_by_gradient: Whether the head can only be trained together with the rest (regime "joint").
+        reads_mean: Whether concepts and classes depend on the patches through their mean alone (and on the global token), so that
+            training on one mean patch a picture is the same training. Maps still need the patches.
     """
 
     head: nn.Linear
     reads_concepts: ClassVar[bool] = True
     trains_on_truth: ClassVar[bool] = False
     head_by_gradient: ClassVar[bool] = False
+    reads_mean: ClassVar[bool] = False
 
     def __init__(self, problem: Problem, *, settings: dict[str, Any]) -> None:
         super().__init__()

@@ -15,6 +15,8 @@ probabilities without changing activations or head. The sparse head is the task'
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from dotcbm.models.base import Bottleneck
@@ -27,6 +29,8 @@ __all__ = ["LabelFreeCBM"]
 
 class LabelFreeCBM(Bottleneck):
     """Linear activations on the mean of the patches, similar to a teacher's in the cubed cosine; then a linear head."""
+
+    reads_mean: ClassVar[bool] = True
 
     def __init__(self, problem: Problem, *, scaling: Scaling = "full", dropout: float = 0.0) -> None:
         """Args:

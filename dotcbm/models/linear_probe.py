@@ -19,6 +19,7 @@ class LinearProbe(Bottleneck):
     """Linear classes on the encoder's global token."""
 
     reads_concepts: ClassVar[bool] = False
+    reads_mean: ClassVar[bool] = True
 
     def __init__(self, problem: Problem) -> None:
         """Args:

@@ -9,7 +9,7 @@ B pictures, N patches of a picture, M concepts, D features.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,8 @@ class PooledBottleneck(Bottleneck):
         norm: Running statistics of the pooled features; None without scaling.
         dropout: Of the scaled features.
     """
+
+    reads_mean: ClassVar[bool] = True
 
     def __init__(self, problem: Problem, *, settings: dict[str, Any], scaling: Scaling, dropout: float, l2: float) -> None:
         """Args:

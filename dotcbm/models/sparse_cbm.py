@@ -24,7 +24,7 @@ B pictures, N patches, M concepts.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,8 @@ def gumbel_contrastive(score_BM: Tensor, target_BM: Tensor, *, tau: float, noise
 
 class SparseCBM(Bottleneck):
     """Activations trained by a contrastive loss with Gumbel noise, then a linear head."""
+
+    reads_mean: ClassVar[bool] = True
 
     text_MD: Tensor | None
 

@@ -13,6 +13,8 @@ layer are left out: without them a logit is a sum over patches, and its map is e
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from dotcbm.models.base import Bottleneck
@@ -25,6 +27,8 @@ __all__ = ["VLGCBM"]
 
 class VLGCBM(Bottleneck):
     """Linear concepts on the mean of the patches, normalised, then a linear head that is meant to be sparse."""
+
+    reads_mean: ClassVar[bool] = True
 
     def __init__(self, problem: Problem, *, scaling: Scaling = "full", dropout: float = 0.0, l2: float = 0.0) -> None:
         """Args:

@@ -162,6 +162,7 @@ class ConceptTask(LightningModule):
         if stage != "fit":
             return
         bottleneck = self.model.bottleneck
+        data.mean_patch_in_training = self._mean_patch
         if bottleneck.head_by_gradient and self.regime != "joint":
             raise ValueError(f"the head of {type(bottleneck).__name__} is trained by gradients; set regime to 'joint', not {self.regime!r}")
         if self.regime == "independent":
@@ -328,9 +329,12 @@ class ConceptTask(LightningModule):
         if self.regime == "independent":
             collected = [true_head_input(self.model.bottleneck, data.dataset("train"))]
         else:
-            loaders = (data.plain_loader("train", annotations=self._annotations, view=view) for view in views)
+            loaders = (data.plain_loader("train", annotations=self._annotations, view=view, mean_patch=self._mean_patch) for view in views)
             collected = [collect_head_input(self.model, loader) for loader in loaders]
-        val = collect_head_input(self.model, data.plain_loader("val", annotations=self._annotations)) if data.has_validation else None
+        val = None
+        if data.has_validation:
+            loader = data.plain_loader("val", annotations=self._annotations, mean_patch=self._mean_patch)
+            val = collect_head_input(self.model, loader)
         inputs, labels = torch.cat([inputs for inputs, _ in collected]), torch.cat([labels for _, labels in collected])
         num_classes = self.model.concepts.num_classes
         if self.head_nec is not None:
@@ -351,6 +355,10 @@ class ConceptTask(LightningModule):
             figures["head/val_accuracy"] = fit.val_accuracy
         for logger in self.trainer.loggers:
             logger.log_metrics(figures, step=self.global_step)
+
+    @property
+    def _mean_patch(self) -> bool:
+        return type(self.model.bottleneck).reads_mean and not self.encoder.trainable
 
     @property
     def _annotations(self) -> Literal["foreground", "labels"]:

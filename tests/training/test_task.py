@@ -15,9 +15,16 @@ from fakes.source import TinySource
 
 from dotcbm.encoders.image import ImageEncoder
 from dotcbm.models.cbm import CBM
+from dotcbm.models.cem import CEM
+from dotcbm.models.coop_cbm import CoopCBM
 from dotcbm.models.dot_cbm import DotCBM
+from dotcbm.models.label_free import LabelFreeCBM
 from dotcbm.models.linear_probe import LinearProbe
+from dotcbm.models.post_hoc import PostHocCBM
 from dotcbm.models.random_concepts import RandomConcepts
+from dotcbm.models.salf_cbm import SALFCBM
+from dotcbm.models.sparse_cbm import SparseCBM
+from dotcbm.models.vlg_cbm import VLGCBM
 from dotcbm.structures import ConceptBatch, ConceptOutput, Problem
 from dotcbm.training.evaluation import evaluate
 from dotcbm.training.head_fit import collect_head_input, fit_head, true_head_input
@@ -382,3 +389,37 @@ def test_random_concepts_learn_the_scale_of_the_features_before_their_head(run):
     assert torch.allclose(norm.running_mean, pooled.mean(0), atol=0.1 * float(pooled.std()))
     inputs, _ = collect_head_input(task.model, data.plain_loader("train"))
     assert float((inputs - 0.5).abs().mean()) > 0.02  # unscaled features would leave every concept at one half, or at 0 and 1
+
+
+_POOLED = {
+    "CBM": partial(CBM, l2=0.1),
+    "CEM": CEM,
+    "Coop": CoopCBM,
+    "post-hoc": PostHocCBM,
+    "label-free": LabelFreeCBM,
+    "sparse": SparseCBM,
+    "VLG": partial(VLGCBM, scaling="half"),
+    "probe": LinearProbe,
+}
+
+
+@pytest.mark.parametrize("name", _POOLED)
+def test_bottlenecks_that_read_the_mean_train_on_it_as_on_all_patches(run, monkeypatch, name):
+    def trained(*, reads_mean):
+        monkeypatch.setattr(getattr(_POOLED[name], "func", _POOLED[name]), "reads_mean", reads_mean)
+        regime = "joint" if name == "CEM" else "two_stage"
+        task, data, _ = fitted(run, bottleneck=_POOLED[name], regime=regime, epochs=2)
+        batch = next(iter(data.train_dataloader()))
+        assert (batch.features.patch_BND.shape[1] == 1) == reads_mean
+        assert evaluate(task.model, data.plain_loader("test", annotations="all"), data.concepts)["num_pictures"] > 0
+        return task.learned_state()
+
+    mean, patches = trained(reads_mean=True), trained(reads_mean=False)
+    assert mean.keys() == patches.keys()
+    for key, value in mean.items():
+        torch.testing.assert_close(value, patches[key], atol=2e-4, rtol=2e-3, msg=lambda said, key=key: f"{key}: {said}")
+
+
+def test_bottlenecks_that_read_patches_are_given_them(run):
+    _, data, _ = fitted(run, bottleneck=SALFCBM, epochs=1)
+    assert next(iter(data.train_dataloader())).features.patch_BND.shape[1] > 1
