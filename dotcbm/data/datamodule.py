@@ -218,9 +218,9 @@ class ConceptDataModule(LightningDataModule):
         """One loader for each of `evaluate_splits`, with all annotations."""
         return [self.loader(split) for split in self.evaluate_splits]
 
-    def loader(self, split: str) -> DataLoader[ConceptBatch]:
-        """Batches of any split in order, with all annotations."""
-        return self._loader(split, annotations="all")
+    def loader(self, split: str, *, places: bool = True) -> DataLoader[ConceptBatch]:
+        """Batches of any split in order, with all annotations or, without `places`, those that the model itself needs."""
+        return self._loader(split, annotations="all" if places else "foreground" if self.foreground_in_training else "labels")
 
     def plain_loader(
         self, split: str, *, annotations: Annotations = "labels", view: View = "plain", mean_patch: bool = False

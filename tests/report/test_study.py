@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -114,6 +115,9 @@ def test_processes_share_the_runs_without_overlap(tmp_path: Path) -> None:
         ("name: DOT-CBM", "name: Linear Probe", "linear-probe"),
         ("epochs: 1", "epoch: 1", "epoch"),
         ("bottleneck: LinearProbe", "bottleneck: LinearProbe, epochs: {nowhere: 3}", "nowhere"),
+        ("bottleneck: LinearProbe", "bottleneck: LinearProbe, grid: [{lr: [0.1]}]", "changes 'lr'; it can change settings.<name>"),
+        ("bottleneck: LinearProbe", "bottleneck: LinearProbe, grid: [{task.lr: 0.1}]", "a list of mappings from settings to lists"),
+        ("bottleneck: LinearProbe", "bottleneck: LinearProbe, grid: [{task.lr: [1, 1]}]", "trials more than once"),
         ("seeds: [0, 1]", "", "seeds"),
     ],
 )
@@ -132,8 +136,37 @@ def test_an_unknown_row_is_refused(tmp_path: Path) -> None:
 
 def test_shipped_studies_can_be_read() -> None:
     folder = Path(__file__).parents[2] / "configs" / "studies"
-    studies = [read_study(path) for path in sorted(folder.glob("*.yaml"))]
-    assert "birds" in [study.name for study in studies]
+    studies = {study.name: study for study in (read_study(path) for path in sorted(folder.glob("*.yaml")))}
+    trials = Counter(row.method for row in studies["birds_tuning"].rows)
+    assert set(trials) <= {row.name for row in studies["birds"].rows}
+    # The linear probe has the strength of its head only, which each trial searches; random concepts have six settings in all.
+    assert {number for method, number in trials.items() if method not in ("linear probe", "random concepts")} == {40}
+
+
+def test_a_grid_is_a_row_for_each_trial_and_the_table_shows_the_best_of_each(tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    grid = "grid: [{settings.dim: [4, 8], task.lr: [0.1]}, {epochs: [3]}]"
+    path.write_text(
+        YAML.replace("settings: {dim: 8, iterations: 5}", f"settings: {{dim: 2, iterations: 5}}, task: {{vop_weight: 0.0}}, {grid}")
+    )
+    study = read_study(path)
+    assert [row.name for row in study.rows] == ["linear probe", "DOT-CBM (dim 4, lr 0.1)", "DOT-CBM (dim 8, lr 0.1)", "DOT-CBM (epochs 3)"]
+    assert [row.method for row in study.rows] == ["linear probe", "DOT-CBM", "DOT-CBM", "DOT-CBM"]
+    assert study.rows[2].settings == {"dim": 8, "iterations": 5}
+    assert study.rows[2].task == {"vop_weight": 0.0, "lr": 0.1}
+    assert (study.rows[3].settings["dim"], study.rows[3].epochs) == (2, 3)
+    records = [
+        Record("tiny", row.name, 0, {"bottleneck": row.bottleneck}, {"val/accuracy": accuracy, "val/concept_auroc": auroc}, 1.0, "CPU", {})
+        for row, accuracy, auroc in zip(study.rows, (0.5, 0.6, 0.7, 0.75), (0.5, 0.9, 0.9, 0.8))
+    ]
+    claim = Claim("tuning", "Which?", (("val/accuracy", "accuracy"),), best=("val/accuracy", "val/concept_auroc"))
+    assert markdown(study, records, claim).splitlines() == [
+        "| method | trials | n | accuracy |",
+        "| --- | --- | --- | --- |",
+        "| linear probe | 1 | 1 | 50.0 |",
+        "| DOT-CBM (dim 8, lr 0.1) | 3 | 1 | 70.0 |",
+    ]
+    assert len(markdown(study, records, replace(claim, best=())).splitlines()) == 6
 
 
 def test_the_table_holds_the_mean_and_spread_of_the_records() -> None:

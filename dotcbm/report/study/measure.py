@@ -42,7 +42,7 @@ def measure(study: Study, run: Run, *, model: ConceptModel, training: Training, 
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     figures = dict(training.figures)
     for split in data.evaluate_splits:
-        found = evaluate(model, data.loader(split), model.concepts)
+        found = evaluate(model, data.loader(split, places=world.places), model.concepts, places=world.places)
         figures |= {f"{split}/{name}": value for name, value in found.items()}
     if world.audit is not None:
         figures |= _audited(run, model, data, asked=world.audit, directory=directory)

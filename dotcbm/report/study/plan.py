@@ -18,6 +18,7 @@ import yaml
 from dotcbm.catalog import subclasses
 from dotcbm.data.source import ConceptSource
 from dotcbm.models.base import Bottleneck
+from dotcbm.report.study.grid import expand
 
 __all__ = [
     "MAIN",
@@ -52,6 +53,7 @@ class World:
         task: Arguments of `ConceptTask` shared by all rows.
         epochs: Passes over the training pictures.
         audit: {"split": what to audit after each run, and arguments of `AuditSettings`}, figures only by default; None for no audit.
+        places: Whether the tests measure where the maps point.
     """
 
     encoder: Mapping[str, Any]
@@ -60,6 +62,7 @@ class World:
     task: Mapping[str, Any]
     epochs: int
     audit: Mapping[str, Any] | None = None
+    places: bool = True
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Row:
         task: Settings of `ConceptTask` on top of the world's.
         epochs: Instead of the worlds', or {world: epochs} for some of them.
         worlds: Where it is run; everywhere by default.
+        of: Name of the row of whose grid this is a trial (`dotcbm.report.study.grid`); its own name without one.
     """
 
     name: str
@@ -81,6 +85,12 @@ class Row:
     task: Mapping[str, Any] = field(default_factory=dict)
     epochs: int | Mapping[str, int] | None = None
     worlds: Sequence[str] | None = None
+    of: str = ""
+
+    @property
+    def method(self) -> str:
+        """The name that all trials of a grid share."""
+        return self.of or self.name
 
     def epochs_in(self, name: str, world: World) -> int:
         """Passes over the training pictures of a world."""
@@ -104,6 +114,7 @@ class Claim:
             alternative names, of which the first that a record has is taken, are separated by "|".
         rows: Names of the rows shown; all by default.
         better: Which way is good, for each column "higher", "lower" or "none"; all "higher" by default.
+        best: Of each method show only the trial with the highest mean of these figures, and how many there were; all rows by default.
     """
 
     name: str
@@ -111,6 +122,7 @@ class Claim:
     columns: tuple[tuple[str, str], ...]
     rows: tuple[str, ...] = ()
     better: tuple[str, ...] = ()
+    best: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,7 +185,7 @@ def read_study(path: Path) -> Study:
     others = values.pop("worlds", {}) or {}
     try:
         worlds = {MAIN: World(**of_world)} | {name: World(**of_world | differs) for name, differs in others.items()}
-        rows = tuple(Row(**row) for row in values.pop("rows"))
+        rows = tuple(Row(**trial) for row in values.pop("rows") for trial in expand(row))
         claims = tuple(_claim(claim) for claim in values.pop("claims", []))
         study = Study(**values | {"seeds": tuple(values["seeds"]), "rows": rows, "worlds": worlds, "claims": claims})
     except (TypeError, KeyError) as error:
@@ -186,11 +198,11 @@ def read_study(path: Path) -> Study:
 
 
 def runs_of(study: Study, only: Sequence[str] = ()) -> Iterator[Run]:
-    """All runs, or those of some rows. Seeds outside: a study that is stopped early has every row at least once."""
+    """All runs, or those of some methods. Seeds outside: a study that is stopped early has every row at least once."""
     for seed in study.seeds:
         for world in study.worlds:
             for row in study.rows:
-                if (not only or row.name in only) and (row.worlds is None or world in row.worlds):
+                if (not only or row.method in only) and (row.worlds is None or world in row.worlds):
                     yield Run(world, row, seed)
 
 
@@ -258,7 +270,7 @@ def source_of(world: World, *, seed: int) -> dict[str, Any]:
 
 def _claim(values: Mapping[str, Any]) -> Claim:
     columns = tuple((str(figure), str(heading)) for figure, heading in values["columns"])
-    return Claim(**{**values, "columns": columns, "rows": tuple(values.get("rows", ())), "better": tuple(values.get("better", ()))})
+    return Claim(**{**values, "columns": columns, **{name: tuple(values.get(name, ())) for name in ("rows", "better", "best")}})
 
 
 def _check(study: Study, path: Path) -> None:
@@ -277,10 +289,10 @@ def _check(study: Study, path: Path) -> None:
     for world in study.worlds.values():
         _check_source(world.source, path)
     for claim in study.claims:
-        strange = sorted(set(claim.rows) - {row.name for row in study.rows})
+        strange = sorted(set(claim.rows) - {row.method for row in study.rows})
         if strange:
             raise ValueError(f"{path}: claim {claim.name!r} names the rows {strange}, which the study does not have")
-        for figure, _ in claim.columns:
+        for figure in (*(figure for figure, _ in claim.columns), *claim.best):
             world, colon, _ = figure.partition(":")
             if colon and world not in study.worlds:
                 raise ValueError(f"{path}: claim {claim.name!r} asks for {figure!r}; the study has the worlds {list(study.worlds)}")

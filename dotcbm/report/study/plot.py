@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from dotcbm.explain.style import INK, LINE, MUTED, NAME, SMALL, TITLE, new_figure, place, wrapped
 from dotcbm.report.study.plan import Claim, Record, Study
-from dotcbm.report.study.table import cell_values, split_labels
+from dotcbm.report.study.table import cell_values, shown_rows, split_labels
 
 __all__ = ["plot_claim"]
 
@@ -25,8 +25,7 @@ def plot_claim(study: Study, records: Sequence[Record], claim: Claim) -> Figure:
     Raises:
         ValueError: No row of the claim has a record.
     """
-    present = {record.row for record in records}
-    rows = [row.name for row in study.rows if row.name in present and (not claim.rows or row.name in claim.rows)]
+    rows = [row.name for row, _ in shown_rows(study, records, claim)]
     if not rows:
         raise ValueError(f"the claim {claim.name!r} of the study {study.name} has no record yet; run the study first")
     width = _LABELS + len(claim.columns) * (_PANEL + _GAP) + 0.2

@@ -38,7 +38,7 @@ def run_study(
     Args:
         study: What to run.
         directory: Where the records lie, one JSON file a run; those of audits in its folder `audits`, the models in `models`.
-        only: Names of rows; all by default.
+        only: Names of rows, for a grid that of all its trials; all by default.
         worlds: Names of worlds; all by default.
         share: (i, n): every n-th of the missing runs, from the i-th, for n processes side by side.
         stage: Which half of the runs.
@@ -50,7 +50,10 @@ def run_study(
     Raises:
         ValueError: A row or world that does not exist, or a record or a model of other settings than the study's.
     """
-    for what, asked, known in (("rows", only, [row.name for row in study.rows]), ("worlds", worlds, list(study.worlds))):
+    for what, asked, known in (
+        ("rows", only, list(dict.fromkeys(row.method for row in study.rows))),
+        ("worlds", worlds, list(study.worlds)),
+    ):
         unknown = sorted(set(asked) - set(known))
         if unknown:
             raise ValueError(f"the study {study.name} has no {what} {unknown}; it has {known}")

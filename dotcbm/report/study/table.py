@@ -8,9 +8,9 @@ from statistics import mean, stdev
 
 from dotcbm.catalog import subclasses
 from dotcbm.models.base import Bottleneck
-from dotcbm.report.study.plan import MAIN, Claim, Record, Study
+from dotcbm.report.study.plan import MAIN, Claim, Record, Row, Study
 
-__all__ = ["DEFAULT_COLUMNS", "cell_values", "default_claim", "markdown", "split_labels", "summary"]
+__all__ = ["DEFAULT_COLUMNS", "cell_values", "default_claim", "markdown", "shown_rows", "split_labels", "summary"]
 
 Column = tuple[str, str]
 """A figure as in `Claim.columns`, and the heading of its column."""
@@ -60,6 +60,24 @@ def cell_values(study: Study, records: Sequence[Record], *, row: str, figure: st
     return [[_figure(record, *named) for record in runs] for named in _split_names(rest)]
 
 
+def shown_rows(study: Study, records: Sequence[Record], claim: Claim) -> list[tuple[Row, int]]:
+    """The rows of a claim that have records, and the number of trials that each was chosen from."""
+    present = {record.row for record in records}
+    rows = [row for row in study.rows if row.name in present and (not claim.rows or row.method in claim.rows)]
+    if not claim.best:
+        return [(row, 1) for row in rows]
+
+    def score(row: Row) -> float:
+        each = [v for figure in claim.best for values in cell_values(study, records, row=row.name, figure=figure) for v in values]
+        known = [value for value in each if not math.isnan(value)]
+        return mean(known) if known else -math.inf
+
+    by_method: dict[str, list[Row]] = {}
+    for row in rows:
+        by_method.setdefault(row.method, []).append(row)
+    return [(max(trials, key=score), len(trials)) for trials in by_method.values()]
+
+
 def split_labels(figure: str) -> list[str]:
     """What the values of a cell are told apart by: their splits, or their names where the splits are the same."""
     named = _split_names(figure.partition(":")[2] or figure)
@@ -85,14 +103,10 @@ def markdown(study: Study, records: Sequence[Record], claim: Claim) -> str:
         records: Of the study; rows without a record are left out.
         claim: What to show.
     """
-    lines = [
-        "| method | n | " + " | ".join(heading for _, heading in claim.columns) + " |",
-        "| --- | --- |" + " --- |" * len(claim.columns),
-    ]
-    for row in study.rows:
+    head, rule = ("| method | trials | n | ", "| --- | --- | --- |") if claim.best else ("| method | n | ", "| --- | --- |")
+    lines = [head + " | ".join(heading for _, heading in claim.columns) + " |", rule + " --- |" * len(claim.columns)]
+    for row, num_trials in shown_rows(study, records, claim):
         num_seeds = len({record.seed for record in records if record.row == row.name})
-        if not num_seeds or (claim.rows and row.name not in claim.rows):
-            continue
         cells = []
         for figure, _ in claim.columns:
             values = cell_values(study, records, row=row.name, figure=figure)
@@ -100,7 +114,8 @@ def markdown(study: Study, records: Sequence[Record], claim: Claim) -> str:
             num = max((len(of_split) for of_split in values), default=0)
             fewer = f" (n = {num})" if 0 < num < num_seeds else ""
             cells.append(" / ".join(shown) + fewer if set(shown) != {"—"} else "—")
-        lines.append(f"| {row.name.replace('|', ':')} | {num_seeds} | " + " | ".join(cells) + " |")
+        counts = f"{num_trials} | {num_seeds}" if claim.best else f"{num_seeds}"
+        lines.append(f"| {row.name.replace('|', ':')} | {counts} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
