@@ -265,8 +265,9 @@ class ConceptOutput:
         grid: (grid_h, grid_w) of the maps.
         evidence_BNM: (B, N, M) what each patch adds to a concept's logit: summed over the patches (plus the concept's
             bias) it gives concept_logit_BM exactly. None for bottlenecks whose logit is no sum over patches.
-        plan_BNM: (B, N, M) transport plan without null rows and columns; None for bottlenecks that transport nothing.
-        theta_BN: (B, N) patch marginal.
+        plan_BNM: (B, N, M) transport plan without null rows and columns, or pooling weights as the plan of a transport that leaves the
+            patches free (`dotcbm.models.dot_product`); None for bottlenecks that transport nothing.
+        theta_BN: (B, N) patch marginal; None where it is free.
         gamma_BM: (B, M) concept marginal, as column sums of the plan.
         residual_B: (B,) L1 violation of the marginals that the solver left.
         context_BX: (B, ...) what the class head reads beside the concept logits (`Bottleneck.head_input`); None where it reads

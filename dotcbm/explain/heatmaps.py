@@ -62,9 +62,12 @@ def heatmaps(output: ConceptOutput, *, view: View | None = None) -> Tensor:
             )
         map_BNM = output.evidence_BNM.clamp(min=0)
     else:
-        if output.plan_BNM is None or output.theta_BN is None or output.gamma_BM is None:
+        if output.plan_BNM is None:
             raise ValueError(f"the {chosen!r} view divides a transport plan, and this model has none; use {_instead(output)}")
-        mass = output.gamma_BM[:, None] if chosen == "concept" else output.theta_BN[..., None]
+        marginal = output.gamma_BM if chosen == "concept" else output.theta_BN
+        if marginal is None:
+            raise ValueError(f"the {chosen!r} view divides by a patch prior, and this model has none; use {_instead(output)}")
+        mass = marginal[:, None] if chosen == "concept" else marginal[..., None]
         # A patch or concept without mass sends and gets nothing: 0 / 0 is 0 here.
         map_BNM = output.plan_BNM / mass.clamp(min=torch.finfo(mass.dtype).tiny)
     return map_BNM.detach().float().transpose(1, 2).unflatten(2, output.grid)
@@ -72,7 +75,7 @@ def heatmaps(output: ConceptOutput, *, view: View | None = None) -> Tensor:
 
 def _instead(output: ConceptOutput) -> str:
     """A view that an output does have, for a hint."""
-    if output.plan_BNM is not None:
+    if output.plan_BNM is not None and output.theta_BN is not None:
         return "view='concept' or view='patch'"
     return f"view='{natural_view(output)}'"
 

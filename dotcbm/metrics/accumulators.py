@@ -1,5 +1,8 @@
 """The same numbers over batches and over ranks: torchmetrics classes whose states add up or concatenate.
 
+Before the first picture they are NaN, and an empty batch changes nothing. Where states concatenate, every rank must have seen a batch,
+as `dotcbm.data.batches.EpochSampler` sees to: torchmetrics leaves a rank without one out of the gathering, which the others wait for.
+
 This file needs torchmetrics (`pip install "dotcbm[train]"`); the functions that it calls do not.
 B pictures, N patches, M concepts, K classes, G sub-populations, S confidence bins.
 """
@@ -53,7 +56,7 @@ class _ConceptScores(Metric, ABC):
 
     def compute(self) -> Tensor:
         """The mean over the concepts that vary."""
-        return macro_average(self.per_concept())
+        return macro_average(self.per_concept()) if len(self.score) else torch.tensor(torch.nan)
 
     def per_concept(self) -> Tensor:
         """(M,) the figure of each concept on this rank's pictures, NaN where it does not vary."""
@@ -145,6 +148,8 @@ class GroupAccuracy(Metric):
                 f"group numbers run from {int(group_B.min())} to {int(group_B.max())}; num_groups={self.num_groups} needs "
                 f"[0, {self.num_groups})"
             )
+        if not len(label_B):
+            return
         correct_B = predicted_correctly(score_BK, label_B)
         self.hit_G += torch.bincount(group_B[correct_B], minlength=self.num_groups)
         self.count_G += torch.bincount(group_B, minlength=self.num_groups)
@@ -184,6 +189,8 @@ class _ClassCounts(Metric, ABC):
 
     def update(self, score_BK: Tensor, label_B: Tensor) -> None:
         """Take a batch of class scores and labels."""
+        if not len(label_B):
+            return
         correct_B = predicted_correctly(score_BK, label_B)
         self.hit_K += torch.bincount(label_B[correct_B], minlength=self.num_classes)
         self.count_K += torch.bincount(label_B, minlength=self.num_classes)
@@ -226,6 +233,8 @@ class CalibrationError(Metric):
 
     def update(self, probability_BK: Tensor, label_B: Tensor) -> None:
         """Take a batch of class probabilities and labels."""
+        if not len(label_B):
+            return
         self.gap_S += calibration_bins(probability_BK, label_B, num_bins=self.num_bins)
         self.count += len(label_B)
 

@@ -80,6 +80,8 @@ class ConceptTaskLeakage(Metric):
 
     def compute(self) -> Tensor:
         """A scalar; NaN where no concept is defined."""
+        if not len(self.score):
+            return torch.tensor(torch.nan, dtype=torch.float64)
         columns = (dim_zero_cat(self.score), dim_zero_cat(self.target), dim_zero_cat(self.label))
         return concept_task_leakage(*columns, k=self.k, seed=self.seed).nanmean()
 
@@ -106,6 +108,8 @@ class _PairedLeakage(Metric, ABC):
 
     def compute(self) -> Tensor:
         """A scalar, float64; NaN where the score is not defined."""
+        if not len(self.score):
+            return torch.tensor(torch.nan, dtype=torch.float64)
         return self._formula(dim_zero_cat(self.score), dim_zero_cat(self.target))
 
     @abstractmethod

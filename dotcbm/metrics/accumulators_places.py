@@ -61,6 +61,9 @@ class PartDetection(Metric):
         return self._scores()
 
     def _scores(self) -> PartScores:
+        if not len(self.score):
+            nothing = torch.zeros(0, len(self.groups))
+            return part_detection(Detections(nothing, nothing, nothing > 0), self.groups, iou=self.right_at)
         detections = Detections(dim_zero_cat(self.score), dim_zero_cat(self.iou), dim_zero_cat(self.visible))
         return part_detection(detections, self.groups, iou=self.right_at)
 
@@ -101,6 +104,8 @@ class DetectionSweep(Metric):
 
     def compute(self) -> Tensor:
         """(T, 2); NaN if no part is ever visible."""
+        if not len(self.score):
+            return torch.full((len(self.thresholds), 2), torch.nan, dtype=torch.float64)
         score_BTS, iou_BTS, visible_BTS = (dim_zero_cat(state) for state in (self.score, self.iou, self.visible))
         rows = [
             part_detection(Detections(score_BTS[:, t], iou_BTS[:, t], visible_BTS[:, t]), self.groups, iou=self.right_at)

@@ -322,7 +322,8 @@ def correct_parts(
     nearest_BQ = away_BQP2.norm(dim=-1).masked_fill(~counts_BQP, torch.inf).argmin(-1)
     truth_BQ2 = point_BP2.gather(1, nearest_BQ[..., None].expand(-1, -1, 2))
     guess_BQ4, truth_BQ4 = (boxes_around_points(points, box_B4=box_B4, divisor=divisor) for points in (peak_BQ2, truth_BQ2))
-    right_BQ = torch.where(counts_BQP.any(-1), (box_iou(guess_BQ4, truth_BQ4) > iou).double(), torch.nan)
+    measured_BQ = counts_BQP.any(-1) & ~box_B4.isnan().any(-1)[:, None]
+    right_BQ = torch.where(measured_BQ, (box_iou(guess_BQ4, truth_BQ4) > iou).double(), torch.nan)
     number_S = torch.bincount(group_Q, minlength=len(groups))
     total_BS = right_BQ.new_zeros(len(right_BQ), len(groups)).index_add(1, group_Q, right_BQ)
     return total_BS / number_S

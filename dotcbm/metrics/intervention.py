@@ -9,9 +9,11 @@ after Koh et al., "Concept bottleneck models", ICML 2020, section 4.3. The order
     coop         per picture, entropy plus importance for the predicted class (Chauhan et al., AAAI 2023); see `coop_score`
     greedy       per picture and step, the group whose correction raises the true class's log probability most: an oracle
 
-Departures: Koh et al. draw an order for each picture; one for all shows how far the order matters. Percentiles of concepts rarer
-than 5 % would be those of pictures without them: given the truth, a bound is no less extreme than the median of its own pictures.
-CooP scores the model's own prediction once, not again after each step, and has equal weights, which the authors tune.
+Departures: Koh et al. draw an order for each picture; one for all shows how far the order matters, and the mean over the orders is
+told where their code takes the best of five. Where their truth is a class's and a part is invisible in the picture, they set its
+concepts to absent; here the truth is the labels', whatever is visible, and a concept without a label stays as predicted. Percentiles
+of concepts rarer than 5 % would be those of pictures without them: given the truth, a bound is no less extreme than the median of its
+own pictures. CooP scores the model's own prediction once, not again after each step, and has equal weights, which the authors tune.
 
 In this file N counts the pictures of a split; n those of one call. M concepts, K classes, G groups, S = G + 1 steps.
 """

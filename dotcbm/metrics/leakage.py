@@ -191,8 +191,8 @@ def oracle_impurity(concept_NM: Tensor, truth_NM: Tensor, *, seed: int = 0) -> f
     """OIS: how far the predictions' table of AUCs is from the one of the true concepts.
 
     Args:
-        concept_NM, truth_NM: As `concept_task_leakage`. Pictures with an unknown concept count as without it where it is the source,
-            and not at all where it is the target.
+        concept_NM, truth_NM: As `concept_task_leakage`. Pictures with an unknown concept do not count where it is the source or the
+            target, for the predictions as for the truth.
         seed: Of the pictures that are held out.
 
     Returns:
@@ -206,7 +206,7 @@ def oracle_impurity(concept_NM: Tensor, truth_NM: Tensor, *, seed: int = 0) -> f
     truth_NM = truth_NM.detach().cpu().double()
     said_MM, meant_MM = (
         _purity(source_NM[train_n], truth_NM[train_n], source_NM[test_n], truth_NM[test_n])
-        for source_NM in (concept_NM.detach().cpu().double(), truth_NM.nan_to_num(0.0))
+        for source_NM in (concept_NM.detach().cpu().double(), truth_NM)
     )
     return 2 * float((said_MM - meant_MM).square().nanmean().sqrt())
 
@@ -251,23 +251,28 @@ def niche_impurity(concept_NM: Tensor, truth_NM: Tensor, *, seed: int = 0) -> fl
 def _purity(source_nM: Tensor, truth_nM: Tensor, source_mM: Tensor, truth_mM: Tensor) -> Tensor:
     """(M, M) AUC of target j from source i: learned on n pictures, measured on m.
 
-    The score of a picture is the target's mean over the sqrt(n) training pictures nearest in rank, or over all of equal value.
+    The score of a picture is the target's mean over the sqrt(n) training pictures nearest in rank, or over all of equal value. Only
+    pictures where the truth of the source is known count.
     """
-    n, num = source_nM.shape
-    half = max(math.isqrt(n), 1) / 2
-    known_nM = ~truth_nM.isnan()
-    filled_nM = truth_nM.nan_to_num(0.0)
+    num = source_nM.shape[1]
     auc_MM = torch.empty(num, num, dtype=torch.float64)
     for i in range(num):
-        sorted_n, order_n = source_nM[:, i].sort()
-        low_m = torch.searchsorted(sorted_n, source_mM[:, i].contiguous(), right=False)
-        high_m = torch.searchsorted(sorted_n, source_mM[:, i].contiguous(), right=True)
+        rows_n, rows_m = ~truth_nM[:, i].isnan(), ~truth_mM[:, i].isnan()
+        source_n, target_nM = source_nM[rows_n, i], truth_nM[rows_n]
+        source_m, target_mM = source_mM[rows_m, i].contiguous(), truth_mM[rows_m]
+        if not len(source_n) or not len(source_m):
+            auc_MM[i] = torch.nan
+            continue
+        half = max(math.isqrt(len(source_n)), 1) / 2
+        sorted_n, order_n = source_n.sort()
+        low_m = torch.searchsorted(sorted_n, source_m, right=False)
+        high_m = torch.searchsorted(sorted_n, source_m, right=True)
         centre_m = (low_m + high_m) / 2
         low_m = torch.minimum(low_m, (centre_m - half).floor().long()).clamp(min=0)
-        high_m = torch.maximum(high_m, (centre_m + half).ceil().long()).clamp(max=n)
-        sums = [F.pad(column[order_n].double().cumsum(0), (0, 0, 1, 0)) for column in (filled_nM, known_nM)]
+        high_m = torch.maximum(high_m, (centre_m + half).ceil().long()).clamp(max=len(source_n))
+        sums = [F.pad(c_nM[order_n].double().cumsum(0), (0, 0, 1, 0)) for c_nM in (target_nM.nan_to_num(0.0), ~target_nM.isnan())]
         positive_mM, known_mM = (total[high_m] - total[low_m] for total in sums)
-        auc_MM[i] = concept_auroc(positive_mM / known_mM.clamp(min=1), truth_mM)
+        auc_MM[i] = concept_auroc(positive_mM / known_mM.clamp(min=1), target_mM)
     return auc_MM
 
 

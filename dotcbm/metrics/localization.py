@@ -193,7 +193,8 @@ def relevance_rank(map_BNM: Tensor, *, grid: tuple[int, int], mask_BHW: Tensor) 
 
     The K highest patches, K the mask's area in patches (rounded, at least 1), are compared with the best K there are:
     covered area / largest area that K patches can cover. The paper counts pixels, which are in or out; patches are covered in
-    part, hence the division. Among equal values the order is that of a stable sort.
+    part, hence the division. Where patches of equal value compete for the last places, each is counted with its chance in a random
+    order, so that a map with few values (a maximum, a rectified gradient) gets no more and no less than it says.
 
     Args:
         map_BNM: (B, N, M).
@@ -211,9 +212,12 @@ def relevance_rank(map_BNM: Tensor, *, grid: tuple[int, int], mask_BHW: Tensor) 
     num_patches_B = covered_BN.sum(1).round().clamp(min=1)
     chosen_1N = torch.arange(covered_BN.shape[1], device=covered_BN.device)[None] < num_patches_B[:, None]
     best_B = (covered_BN.sort(1, descending=True).values * chosen_1N).sum(1)
-    order_BNM = map_BNM.argsort(dim=1, descending=True, stable=True)
-    found_BNM = covered_BN[..., None].expand_as(map_BNM).gather(1, order_BNM) * chosen_1N[..., None]
-    return found_BNM.sum(1) / torch.where(best_B > 0, best_B, torch.nan)[:, None]
+    last_B1M = (num_patches_B.long() - 1)[:, None, None].expand(-1, 1, map_BNM.shape[2])
+    least_B1M = map_BNM.sort(1, descending=True).values.gather(1, last_B1M)
+    above_BNM, tied_BNM = (map_BNM > least_B1M).double(), (map_BNM == least_B1M).double()
+    places_BM = num_patches_B[:, None] - above_BNM.sum(1)  # that the tied patches share
+    found_BM = (covered_BN[..., None] * above_BNM).sum(1) + places_BM / tied_BNM.sum(1) * (covered_BN[..., None] * tied_BNM).sum(1)
+    return found_BM / torch.where(best_B > 0, best_B, torch.nan)[:, None]
 
 
 def prior_map(theta_BN: Tensor, *, num_concepts: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from dotcbm.losses import concept_loss
@@ -78,7 +79,10 @@ class Bottleneck(nn.Module, ABC):
         return concept_logit_BM.sigmoid()
 
     def classify(self, concept_logit_BM: Tensor, context_BX: Tensor | None = None) -> Tensor:
-        """(B, K) class logits of concepts as predicted, or changed by hand; see `head_input` for the arguments."""
+        """(B, K) class logits of concepts as predicted, or changed by hand, in any precision; see `head_input` for the arguments."""
+        dtype = self.head.weight.dtype
+        if not torch.is_autocast_enabled(self.head.weight.device.type):
+            concept_logit_BM, context_BX = concept_logit_BM.to(dtype), None if context_BX is None else context_BX.to(dtype)
         return self.head(self.head_input(concept_logit_BM, context_BX))
 
     def contributions(self, concept_logit_BM: Tensor, context_BX: Tensor | None = None) -> Tensor:

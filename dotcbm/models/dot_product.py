@@ -1,12 +1,18 @@
 """The dot-product head: adapted patches against adapted concepts, pooled over the picture.
 
-The honest baseline of DOT-CBM's ablation: the same adapters and readouts, with a pooling where DOT-CBM has a transport plan.
+The honest baseline of DOT-CBM's ablation (Xie et al., CVPR 2025, arXiv 2505.07209, "dot product"): the same adapters and readouts, with
+a pooling where DOT-CBM has a transport plan.
 
     mean      weight_ij = 1 / N
     max       weight_ij = 1 at the patch with the largest cosine, 0 elsewhere
     softmax   weight_ij = softmax_i(cos_ij / temperature)
 
-Every concept looks for its patches alone: nothing makes concepts compete for patches, and no patch has to be explained.
+Every concept looks for its patches alone: nothing makes concepts compete for patches, and no patch has to be explained. The weights,
+divided by M, are the plan of the transport whose patch marginal is left free: with the temperature for eps the softmax is its solution
+for uniform gamma, the maximum its limit without entropy, the mean its limit with nothing else. So the output holds them as its plan.
+
+Departures: the paper says neither how it pools nor from what it reads; cosines as in its cost, the three usual poolings, and the
+readouts of `dotcbm.models.readout`.
 """
 
 from __future__ import annotations
@@ -107,14 +113,18 @@ class DotProduct(Bottleneck):
         adapted_BND = self.patch_adapter(patch_BND)
         concept_MD = self.concept()
         cosine_BNM = cosine_similarity(adapted_BND, concept_MD)
+        weight_BNM = self.pool_weights(cosine_BNM)
         logit_BM, evidence_BNM = self.readout(
-            self.pool_weights(cosine_BNM), cosine_BNM=cosine_BNM, feature_BND=patch_BND if self.value_on == "encoder" else adapted_BND
+            weight_BNM, cosine_BNM=cosine_BNM, feature_BND=patch_BND if self.value_on == "encoder" else adapted_BND
         )
+        num_concepts = weight_BNM.shape[2]
         return ConceptOutput(
             concept_logit_BM=logit_BM,
             class_logit_BK=self.classify(logit_BM),
             grid=features.grid,
             evidence_BNM=evidence_BNM,
+            plan_BNM=None if self.training else weight_BNM / num_concepts,
+            gamma_BM=None if self.training else torch.full_like(logit_BM, 1 / num_concepts),
             losses={
                 "vop": orthogonality(adapted_BND, form=self.orthogonality_form),
                 "top": orthogonality(concept_MD, form=self.orthogonality_form),

@@ -1,4 +1,6 @@
-"""The black box: a linear classifier on the pooled features (Alain and Bengio 2016), without concepts.
+"""The black box: a linear classifier on the encoder's global token (Alain and Bengio 2016), without concepts.
+
+The token is CLS for most transformers; for encoders without one it is the mean of the patches, which all other baselines read.
 
 It is the yardstick of class accuracy. Its concept logits are all zero (probability one half): it knows no concept.
 """

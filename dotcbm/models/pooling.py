@@ -46,7 +46,7 @@ class PooledBottleneck(Bottleneck):
             root of the deviation only, so that with an `l2` features that hardly vary are trusted less.
         dropout: Share of the features dropped in training.
         l2: Strength of the penalty l2 / 2 times the mean over concepts of the squared norm of their weights. Unlike the
-            optimizer's decoupled weight decay it is part of the loss.
+            optimizer's decoupled weight decay it is part of the loss, beside the concepts' loss times the task's concept_weight.
 
         Raises:
             ValueError: A scaling that does not exist, or a negative l2.

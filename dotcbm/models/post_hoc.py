@@ -57,8 +57,8 @@ class PostHocCBM(PooledBottleneck):
         """Args:
         problem: What the data and the encoder fix.
         scaling: Of the pooled features, see `PooledBottleneck`.
-        l2: Strength of the machines' margin term. With n pictures it is 1 / (n C) for a machine's C; 0.01 is near the paper's C
-            of 0.1 with 1,000 pictures.
+        l2: Strength of the machines' margin term. With n pictures and the task's concept_weight w it is w / (n C) for a machine's C;
+            0.01 is near the paper's C of 0.1 with 1,000 pictures.
         dropout: Share of the features dropped in training.
 
         Raises:

@@ -75,6 +75,28 @@ def test_reset_forgets_and_an_empty_metric_is_nan() -> None:
         assert metric.compute().isnan()
 
 
+EMPTY: tuple[tuple[Metric, tuple[torch.Tensor, ...]], ...] = (
+    (acc.ClassAccuracy(4), (torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))),
+    (acc.BalancedAccuracy(4), (torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))),
+    (acc.CalibrationError(), (torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))),
+    (acc.WorstGroupAccuracy(3), (torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long))),
+    (acc.ConceptAUROC(), (torch.zeros(0, 3), torch.zeros(0, 3))),
+    (acc.ConceptError(3), (torch.zeros(0, 3), torch.zeros(0, 3))),
+)
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute``")
+@pytest.mark.parametrize(("metric", "nothing"), EMPTY, ids=lambda each: type(each).__name__)
+def test_before_the_first_picture_a_metric_is_nan_and_an_empty_batch_changes_nothing(
+    metric: Metric, nothing: tuple[torch.Tensor, ...]
+) -> None:
+    metric.reset()
+    assert metric.compute().isnan()
+    metric.update(*nothing)
+    metric._computed = None
+    assert metric.compute().isnan()
+
+
 def test_group_out_of_range_is_named() -> None:
     with pytest.raises(ValueError, match=r"from 0 to 2; num_groups=2"):
         acc.GroupAccuracy(2).update(CLASS, LABEL, GROUP)

@@ -68,6 +68,11 @@ def test_two_processes_reduce_to_the_function(tmp_path: Path) -> None:
     multiprocessing.start_processes(_rank, args=(str(tmp_path / "store"),), nprocs=2, start_method="fork")
 
 
+@pytest.mark.filterwarnings("ignore:The ``compute``")
+def test_before_the_first_picture_leakage_is_nan() -> None:
+    assert all(metric.clone().compute().isnan() for metric in (ConceptTaskLeakage(), *(metric for metric, _ in PAIRED)))
+
+
 def test_another_number_of_steps_is_named() -> None:
     with pytest.raises(ValueError, match=r"shape \(60, 4\); num_steps is 5"):
         InterventionAccuracy(5).update(HITS)

@@ -136,6 +136,12 @@ def test_two_processes_give_the_figure_of_one(tmp_path: Path) -> None:
             torch.testing.assert_close(said[name], expected(data()), check_dtype=False, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:The ``compute``")
+def test_before_the_first_picture_detection_is_nan() -> None:
+    assert acc.PartDetection(GROUPS).compute().isnan()
+    assert acc.DetectionSweep(GROUPS).compute().isnan().all()
+
+
 def test_the_parts_can_be_read_one_by_one_and_reset_forgets() -> None:
     metric = acc.PartDetection(GROUPS)
     metric.update(_detections(data()))

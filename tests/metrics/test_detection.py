@@ -347,6 +347,20 @@ def test_correct_parts_equal_the_loop_of_the_protocol_in_pixels(seed: int) -> No
     assert share == pytest.approx(float(got.nanmean(0).nanmean()))
 
 
+def test_correct_parts_of_a_picture_without_a_box_are_unknown() -> None:
+    c = bird_case(1)
+    arguments = {name: c[name] for name in ("points_BP3", "size_B2")}
+    box_B4 = c["box_B4"].clone()
+    box_B4[3] = torch.nan
+    peak_BM2 = peak_points(c["maps"], grid=(5, 6))
+    full, without = (
+        correct_parts(peak_BM2, c["probability"], box_B4=box, groups=part_groups(BIRDS), **arguments) for box in (c["box_B4"], box_B4)
+    )
+    assert without[3].isnan().all()
+    rest = torch.arange(len(full)) != 3
+    torch.testing.assert_close(without[rest], full[rest], equal_nan=True)
+
+
 def test_pcp_of_random_peaks_is_the_share_of_places_near_enough() -> None:
     """With the part at the middle, boxes of half the picture overlap by more than half for the cells counted here one by one."""
     concepts = vocabulary(("tail",), (("tail",),))

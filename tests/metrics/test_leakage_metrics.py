@@ -153,6 +153,16 @@ def test_ois_is_nothing_for_true_concepts_and_known_for_swapped_ones():
     assert oracle_impurity(truth.flip(1), truth) == pytest.approx(1.0, abs=0.05)
 
 
+@pytest.mark.parametrize("unknown", [0.1, 0.5])
+def test_ois_is_nothing_for_true_concepts_of_which_some_are_unknown(unknown):
+    _, truth, g = classes_with_concepts(600, concepts=5)
+    truth[:, 1] = truth[:, 0]  # what is known of one concept tells of another
+    seen = torch.where(torch.rand(truth.shape, generator=g) < unknown, torch.nan, truth)
+    assert oracle_impurity(4 * truth - 2, seen) == 0
+    seen[:, 2] = torch.nan
+    assert oracle_impurity(4 * truth - 2, seen) == 0
+
+
 def test_nis_is_chance_for_true_concepts_and_known_for_scattered_ones():
     _, truth, g = classes_with_concepts(1000, concepts=3)
     clean = truth + 0.1 * torch.randn(truth.shape, generator=g)

@@ -172,6 +172,21 @@ def test_relevance_rank_is_one_for_the_mask_itself_and_counts_hits_among_the_top
     assert relevance_rank(coverage(small, grid=(4, 4))[..., None], grid=(4, 4), mask_BHW=small).item() == 1
 
 
+def test_relevance_rank_of_tied_patches_is_that_of_a_random_order() -> None:
+    # Rows 1 to 3 and 10 to 12 of a 14 x 14 grid: a map with one high patch says as little of the one as of the other.
+    one_hot = torch.zeros(1, 196, 1)
+    one_hot[0, 100] = 1.0
+    for top in (1, 10):
+        mask = torch.zeros(1, 14, 14, dtype=torch.bool)
+        mask[0, top : top + 3, 2:6] = True
+        assert relevance_rank(one_hot, grid=(14, 14), mask_BHW=mask).item() == pytest.approx(11 / 12 * 12 / 195)
+        assert relevance_rank(torch.zeros(1, 196, 1), grid=(14, 14), mask_BHW=mask).item() == pytest.approx(12 / 196)
+    g = torch.Generator().manual_seed(0)
+    coarse, mask = torch.randint(0, 3, (2, 30, 4), generator=g).float(), torch.rand(2, 5, 6, generator=g) > 0.6
+    drawn = [relevance_rank(coarse + 0.1 * torch.rand(2, 30, 4, generator=g), grid=(5, 6), mask_BHW=mask) for _ in range(2000)]
+    torch.testing.assert_close(torch.stack(drawn).mean(0), relevance_rank(coarse, grid=(5, 6), mask_BHW=mask), atol=0.02, rtol=0)
+
+
 def test_the_prior_scores_the_same_for_every_concept_and_permutation_permutes() -> None:
     c = case(1)
     theta = c["map_BNM"][..., 0].softmax(1)

@@ -16,6 +16,8 @@ from dotcbm.models.dot_cbm import DotCBM
 from dotcbm.models.dot_product import DotProduct
 from dotcbm.models.linear_probe import LinearProbe
 from dotcbm.structures import ConceptSet, PatchFeatures, Problem
+from dotcbm.transport.cost import cosine_similarity
+from dotcbm.transport.sinkhorn import sinkhorn
 
 B, GRID, D, M, K = 3, (4, 5), 16, 6, 4
 N = GRID[0] * GRID[1]
@@ -283,3 +285,31 @@ def test_readouts_start_at_the_frequency_of_the_concepts_where_they_are_told_to(
 def test_starts_of_a_readout_that_make_no_sense_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         DotProduct(make_problem(), **settings)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "softmax"])
+def test_pooling_weights_are_the_plan_of_a_transport_that_leaves_the_patches_free(pooling: Literal["mean", "max", "softmax"]) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        bottleneck = DotProduct(make_problem(), pooling=pooling, dim=8).eval()
+    features = make_features()
+    output = bottleneck(features)
+    assert output.plan_BNM is not None
+    torch.testing.assert_close(output.plan_BNM.sum(1), torch.full((B, M), 1 / M))
+    cosine = cosine_similarity(bottleneck.patch_adapter(features.patch_BND), bottleneck.concept())
+    if pooling == "max":
+        assert torch.equal(output.plan_BNM.argmax(1), cosine.argmax(1))  # where it looked, also where that speaks against the concept
+    if pooling == "softmax":
+        free = sinkhorn(1 - cosine, torch.full((N,), 1 / N), torch.full((M,), 1 / M), eps=0.05, relax_patch=1e-6, max_iter=50)
+        torch.testing.assert_close(output.plan_BNM, free.plan_BNM, atol=1e-5, rtol=1e-3)
+    assert bottleneck.train()(features).plan_BNM is None
+
+
+@pytest.mark.parametrize("name", ["cbm", "cbm logits", "dot", "max", "probe"])
+def test_concepts_in_half_precision_are_classified_again(name: str) -> None:
+    bottleneck = BOTTLENECKS[name](make_problem()).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = bottleneck(make_features())
+    again = bottleneck.classify(output.concept_logit_BM.to(torch.bfloat16), output.context_BX)
+    assert again.dtype == torch.float32
+    torch.testing.assert_close(again, output.class_logit_BK.float(), atol=0.05, rtol=0.05)

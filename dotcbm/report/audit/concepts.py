@@ -120,7 +120,8 @@ def leakage_figures(g: Gathered) -> tuple[Section, LeakageFigures | None]:
             reason = f"{len(columns)} pictures; the estimators need {_LEAST_FOR_LEAKAGE} at least"
         section.absent.append(Absence("concepts", "leakage", reason))
         return section, None
-    found = measure_leakage(columns.concept_NM, columns.truth_NM, columns.label_N, seed=g.settings.seed)
+    # In double precision: a single-precision sigmoid is 1 beyond 17, and what a surer model says besides would be lost.
+    found = measure_leakage(columns.concept_logit_NM.double().sigmoid(), columns.truth_NM, columns.label_N, seed=g.settings.seed)
     n = found.num_pictures
     ctl_M, control_M = found.ctl_M, found.ctl_control_M
     shuffled = "each concept shuffled among pictures of equal truth"

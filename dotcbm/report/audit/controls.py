@@ -77,12 +77,12 @@ def _sparse(g: Gathered, random_nM: Tensor, random_NM: Tensor) -> list[Figure]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a path that ends early is not the audited model's fault
         path, random_path = (
-            fit_path(x, label_n, num_classes=k, num_strengths=g.settings.num_strengths) for x in (g.train.concept_NM, random_nM)
+            fit_path(x, label_n, num_classes=k, num_strengths=g.settings.num_strengths) for x in (_read(g, g.train), random_nM)
         )
-    levels = {level: _correct(path.at(level), g.columns.concept_NM, g.columns) for level in ANEC_LEVELS}
+    levels = {level: _correct(path.at(level), _read(g, g.columns), g.columns) for level in ANEC_LEVELS}
     random_levels = {level: _correct(random_path.at(level), random_NM, g.columns) for level in ANEC_LEVELS}
     scores, random_scores = (anec({level: float(hit.mean()) for level, hit in each.items()}) for each in (levels, random_levels))
-    note = "A head fitted to the training pictures' concept probabilities along the elastic-net path, cut to 5 weights a class (VLG-CBM)."
+    note = "A head fitted along the elastic-net path to what the model's own reads of the training pictures, cut to 5 weights a class."
     random_label = "random concepts"
     return [
         Figure(
@@ -102,6 +102,15 @@ def _sparse(g: Gathered, random_nM: Tensor, random_NM: Tensor) -> list[Figure]:
             unit="points",
         ),
     ]
+
+
+def _read(g: Gathered, columns: Columns) -> Tensor:
+    """(N, M) what the model's head reads of each concept; their probabilities where that is more than one number."""
+    device = g.model.bottleneck.head.weight.device
+    context = columns.context_NX
+    with torch.no_grad():
+        read_NF = g.model.bottleneck.head_input(columns.concept_logit_NM.to(device), None if context is None else context.to(device)).cpu()
+    return read_NF if read_NF.shape[1] == columns.concept_logit_NM.shape[1] else columns.concept_NM
 
 
 def _random_concepts(g: Gathered) -> tuple[Tensor, Tensor]:
