@@ -167,7 +167,7 @@ def _concepts(record: AuditRecord) -> list[str]:
 
 def _parts(record: AuditRecord) -> list[str]:
     parts = _table(
-        ("part", "measure", "average precision, %", "correct, % (prior)"),
+        ("part", "measure", "average precision, %", "correct, % (best map without concepts)"),
         (
             (
                 _plain(row.name),

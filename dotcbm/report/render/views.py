@@ -48,7 +48,7 @@ SECTIONS: dict[str, tuple[str, str]] = {
         "Groups of concepts are set to their true values, one after the other. A model that uses its concepts must not get worse.",
     ),
     "groups": ("Groups", "Accuracy of sub-populations and of shifted splits, and how far each is from the whole."),
-    "controls": ("Controls", "What knows nothing must score nothing: random concepts, random regions, the prior alone."),
+    "controls": ("Controls", "What knows nothing must score nothing: random concepts, random regions, maps that know no concept."),
     "pictures": ("Pictures", "Single pictures with each concept's map, what it adds to the class, and sliders that change it."),
     "grid": ("Picture grid", "Many pictures, sorted by what the model says of them."),
     "card": ("Model card", "What was audited, on what data, with which settings, versions and hashes."),
