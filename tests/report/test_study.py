@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,8 @@ def test_every_run_is_made_once_and_a_stopped_study_goes_on(tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         run_study(study, out, say=stop_after_two)
     assert len(list(out.glob("*.json"))) == 2
+    assert said[0].endswith("seed 0")
+    assert re.search(r"about \d+ minutes left$", said[1])
     before = {path: path.read_text() for path in out.glob("*.json")}
     said.clear()
     records = run_study(study, out, say=said.append)

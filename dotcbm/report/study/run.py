@@ -6,6 +6,7 @@ Several processes can share the runs of one study; each run leaves its model and
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -68,10 +69,12 @@ def run_study(
     chosen = [run for run in runs_of(study, only) if not worlds or run.world in worlds]
     made: dict[str, tuple[ImageEncoder | None, ConceptDataModule]] = {}  # by the source as it is described
     mine = [run for run in chosen if is_missing(run)][share[0] :: share[1]]
+    start = time.monotonic()
     for number, run in enumerate(mine):
         if not is_missing(run):  # another process has made it meanwhile
             continue
-        say(f"{study.name}: run {number + 1} of {len(mine)}: {run.row.name}, {run.world}, seed {run.seed}")
+        left = f"; {_told((time.monotonic() - start) / number * (len(mine) - number))} left" if number else ""
+        say(f"{study.name}: run {number + 1} of {len(mine)}: {run.row.name}, {run.world}, seed {run.seed}{left}")
         world = study.worlds[run.world]
         source = source_of(world, seed=run.seed)
         key = f"{run.world} {json.dumps(source)}"
@@ -90,3 +93,8 @@ def run_study(
             aside.write_text(json.dumps(asdict(record), indent=1) + "\n")
             aside.replace(path)
     return read_records(study, directory)
+
+
+def _told(seconds: float) -> str:
+    """A time for people, as good as the guess that it is: the mean of the runs made so far."""
+    return f"about {seconds / 3600:.1f} hours" if seconds > 5400 else f"about {max(round(seconds / 60), 1)} minutes"
