@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dotcbm.cli.parser import Parser
+from dotcbm.cli.parser import Parser, device
 
 if TYPE_CHECKING:
     from dotcbm.report.record import AuditRecord
@@ -42,10 +43,13 @@ def run(command: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--title", metavar="TEXT", help="of the report")
     parser.add_argument("--data-licence", metavar="TEXT", help="for the model card")
     parser.add_argument("--encoder-licence", metavar="TEXT", help="for the model card")
-    parser.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
+    parser.add_argument("--device", type=device, default="cpu", help="where the model runs (default: %(default)s)")
     given = parser.parse(arguments)
     if given.limit is not None and given.limit < 1:
         parser.error(f"--limit is {given.limit}; an audit needs at least one picture")
+
+    if given.pdf and find_spec("weasyprint") is None:
+        parser.error("--pdf needs weasyprint: pip install 'dotcbm[audit,pdf]'")
 
     from rich.console import Console
 
@@ -63,7 +67,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
         return 2
     checkpoint = Path(given.checkpoint) if given.checkpoint else config.checkpoint
     out: Path = given.out or _run_of(checkpoint) / "audit"
-    out.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder, which is made if it is not there")
     model = from_pretrained(checkpoint, map_location=given.device)
     told = Console(stderr=True)
     record = audit(
@@ -78,6 +83,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         training=_training(config.model),
         console=told if told.is_terminal else None,
     )
+    out.mkdir(parents=True, exist_ok=True)
     write_record(record, out / "audit.json")
     written = [out / "audit.json", write_html(record, out / "audit.html"), write_markdown(record, out / "audit.md")]
     if given.pdf:

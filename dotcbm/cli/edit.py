@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dotcbm.cli.parser import Parser
+from dotcbm.cli.parser import Parser, device
 
 if TYPE_CHECKING:
     from dotcbm.report.edit import Edited, HeadSettings
@@ -41,7 +41,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--by", required=True, metavar="NAME", help="who decides this; logged with the model")
     parser.add_argument("--reason", required=True, metavar="TEXT", help="why; logged with the model")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder for the edited model and the report")
-    parser.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
+    parser.add_argument("--device", type=device, default="cpu", help="where the model runs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
     given = parser.parse(arguments)
     if not given.remove and not given.scale:

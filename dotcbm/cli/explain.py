@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dotcbm.cli.parser import Parser
+from dotcbm.cli.parser import Parser, device
 
 __all__ = ["run"]
 
@@ -36,7 +36,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         metavar="VIEW",
         help=f"what the maps show: {', '.join(_VIEWS)} (default: the model's own, else gradcam)",
     )
-    parser.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
+    parser.add_argument("--device", type=device, default="cpu", help="where the model runs (default: %(default)s)")
     given = parser.parse(arguments)
     if not 1 <= given.top <= 8:
         parser.error(f"--top is {given.top}; a figure shows 1 to 8 concepts")

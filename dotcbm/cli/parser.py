@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from dotcbm.cli.suggest import nearest
 
-__all__ = ["Parser"]
+__all__ = ["Parser", "device"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,3 +34,20 @@ class Parser(argparse.ArgumentParser):
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """`parse_args`, with pictures and options in any order."""
         return self.parse_intermixed_args(list(arguments))
+
+
+def device(name: str) -> str:
+    """The type of `--device`: a name that torch knows, of hardware that is there.
+
+    Raises:
+        argparse.ArgumentTypeError: It is not; says what to give.
+    """
+    import torch
+
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here ({reason[:120]}); give cpu, or cuda where there is a GPU") from None
+    return name

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dotcbm.cli.parser import Parser
+from dotcbm.cli.parser import Parser, device
 
 __all__ = ["run"]
 
@@ -34,7 +34,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a saved model's folder, or a .ckpt file")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="ends in .parquet or .csv")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures encoded at once (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
+    parser.add_argument("--device", type=device, default="cpu", help="where the model runs (default: %(default)s)")
     given = parser.parse(arguments)
     if given.batch_size < 1:
         parser.error(f"--batch-size is {given.batch_size}; it must be at least 1")

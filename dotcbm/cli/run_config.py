@@ -55,6 +55,9 @@ def read_run_config(path: Path) -> RunConfig:
     Raises:
         ConfigError: The file is missing or no YAML, has no data, or names what does not exist; file and line are in the message.
     """
+    if path.is_dir():
+        inside = path / "config.yaml"
+        raise ConfigError(f"{path}: is a folder; give {inside if inside.is_file() else 'the config.yaml of a run'}")
     check_yaml([path])
     text = path.read_text(encoding="utf-8")
     values = yaml.safe_load(text)

@@ -497,3 +497,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "no split 'tset'" in capsys.readouterr().err
     assert main(["audit", "--config", "nowhere.yaml"]) == 2
     assert main(["audit", "--config", "runs/tiny/config.yaml", "--limit", "0"]) == 2
+    for more, said in (
+        (["--device", "nonsense"], "'nonsense' cannot be used here"),
+        (["--config", "runs/tiny"], "is a folder; give runs/tiny/config.yaml"),
+        (["--checkpoint", "runs/nowhere", "--out", "refused"], "no such folder or file"),
+        (["--out", "runs/tiny/config.yaml"], "is a file; name a folder"),
+    ):
+        assert main(["audit", "--config", "runs/tiny/config.yaml", *more]) in (1, 2)
+        assert said in capsys.readouterr().err
+    assert not Path("refused").exists()

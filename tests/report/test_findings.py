@@ -145,7 +145,7 @@ def test_interventions():
 def test_concepts_at_chance_with_weight_duplicates_and_those_never_present():
     base = BASE
     rows = list(base.concepts[:3])
-    rows[0] = replace(rows[0], auroc=Interval(0.55, 0.49, 0.58, 90), weight_span=3.0, num_known=90, num_positive=5)
+    rows[0] = replace(rows[0], auroc=Interval(0.55, 0.49, 0.58, 90), weight_span=3.0, num_known=90, num_positive=15)
     rows[1] = replace(rows[1], auroc=Interval(0.55, 0.49, 0.7, 90), weight_span=0.1, num_known=90, num_positive=5)
     rows[2] = replace(rows[2], auroc=Interval(None), weight_span=1.0, num_known=90, num_positive=0)
     truth = ((1, 1, 0), (0, 0, 0), (None, None, 0))
@@ -158,6 +158,39 @@ def test_concepts_at_chance_with_weight_duplicates_and_those_never_present():
     assert of(record, "concepts/duplicates").concepts == (rows[0].name, rows[1].name)  # pyright: ignore
 
 
+def test_a_model_that_is_no_better_than_an_answer_without_a_picture_is_told_so():
+    def accuracy(low: float, high: float, n: int = 100) -> Figure:
+        return Figure(
+            "classes/accuracy", "Accuracy", Interval((low + high) / 2, low, high, n), control=Interval(0.5), control_label="one class"
+        )
+
+    def error(low: float, high: float) -> Figure:
+        return Figure(
+            "concepts/error", "Error", Interval((low + high) / 2, low, high, 90), control=Interval(0.2), control_label="saying no"
+        )
+
+    for figure, key, severity in (
+        (accuracy(0.3, 0.45), "classes/no_skill", "warning"),
+        (accuracy(0.4, 0.6), "classes/no_skill", "note"),
+        (accuracy(0.55, 0.6), "classes/no_skill", None),
+        (accuracy(0.3, 0.45, 20), "classes/no_skill", None),
+        (error(0.25, 0.3), "concepts/no_skill", "warning"),
+        (error(0.1, 0.3), "concepts/no_skill", "note"),
+        (error(0.1, 0.15), "concepts/no_skill", None),
+    ):
+        found = of(with_figures(figure), key)
+        assert (None if found is None else found.severity) == severity
+        assert found is None or (found.verdict == "confirmed") == (severity == "warning")
+
+
+def test_the_summary_says_which_pictures_it_speaks_of():
+    accuracy = Figure("classes/accuracy", "Accuracy", Interval(0.5, 0.4, 0.6, 3))
+    card = replace(BASE.card, split="train", audit=(("seed", "0"), ("limit", "3")))
+    said = summary(replace(with_figures(accuracy), card=card))
+    assert "of 3 pictures drawn from the split train rightly" in said
+    assert "the pictures that it was trained on" in said
+
+
 def test_too_few_pictures_accuse_no_concept_and_no_split():
     rows = [replace(row, auroc=Interval(None), weight_span=0.1) for row in BASE.concepts]
     rows[0] = replace(rows[0], auroc=Interval(0.7, 0.3, 0.95, 12), weight_span=3.0)
@@ -165,7 +198,11 @@ def test_too_few_pictures_accuse_no_concept_and_no_split():
     assert open_one is not None
     assert (open_one.severity, open_one.verdict, open_one.concepts) == ("note", "open", (rows[0].name,))
     assert "no better" not in open_one.title
-    rows[1] = replace(rows[1], auroc=Interval(0.0, 0.0, 0.0, 90), weight_span=2.0)  # surely the wrong way round
+    rows[1] = replace(rows[1], auroc=Interval(0.0, 0.0, 0.0, 90), weight_span=2.0, num_known=90, num_positive=1)
+    alone = of(replace(with_figures(), concepts=tuple(rows)), "concepts/chance")
+    assert alone is not None
+    assert (alone.severity, set(alone.concepts)) == ("note", {rows[0].name, rows[1].name})  # one positive proves nothing
+    rows[1] = replace(rows[1], num_positive=30)  # surely the wrong way round
     sure = of(replace(with_figures(), concepts=tuple(rows)), "concepts/chance")
     assert sure is not None
     assert (sure.severity, sure.verdict, sure.concepts) == ("warning", "confirmed", (rows[1].name,))

@@ -178,10 +178,12 @@ def _finding(severity: str, verdict: str) -> Finding:
         ([("critical", "confirmed"), ("critical", "open"), ("critical", "refuted")], "critical", "2 critical findings stand, 1 of them"),
         ([("critical", "refuted"), ("warning", "open")], "warning", "No critical finding stands. 1 warning does."),
         ([("critical", "refuted"), ("good", "confirmed")], "good", "No critical finding and no warning stands."),
+        ([("note", "confirmed")], "note", "No warning stands, and no check was passed"),
+        ([("note", "confirmed"), ("good", "refuted")], "note", "No warning stands, and no check was passed"),
     ],
 )
 def test_the_headline_counts_what_no_control_refutes(rows: list[tuple[str, str]], level: str, text: str) -> None:
-    said = headline([_finding(*row) for row in rows])
+    said = headline(replace(record(), findings=tuple(_finding(*row) for row in rows)))
     assert said.level == level
     assert said.text.startswith(text)
 

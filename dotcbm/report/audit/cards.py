@@ -29,6 +29,7 @@ __all__ = ["cards", "chosen_pictures", "head_on", "jpeg", "picture_columns", "th
 HeadOn = Literal["probability", "logit", "other", "none"]
 
 _DRAWN = 0xCA2D  # separates the random cards from the other uses of the seed
+_SURE = 0.8  # probability of the predicted class above which an error is called sure
 _SHOWN_CONCEPTS, _SHOWN_CLASSES = 12, 5
 _SIDE, _QUALITY = 320, 80  # of a card's picture: about 20 KB each
 _THUMBNAIL, _THUMBNAIL_QUALITY = 56, 70
@@ -52,7 +53,7 @@ def chosen_pictures(g: Gathered) -> tuple[list[tuple[int, str]], list[tuple[int,
     confidence_N = columns.class_NK.max(1).values
     wrong = (columns.correct_N == 0).nonzero()[:, 0]
     wrong = wrong[confidence_N[wrong].argsort(descending=True, stable=True)].tolist()
-    errors = [(n, "wrong and sure" if confidence_N[n] > 0.5 else "wrong") for n in wrong[: settings.num_errors]]
+    errors = [(n, "wrong and sure" if confidence_N[n] > _SURE else "wrong") for n in wrong[: settings.num_errors]]
     taken = {n for n, _ in errors}
     unsure = [n for n in confidence_N.argsort(stable=True).tolist() if n not in taken][: settings.num_unsure]
     taken |= set(unsure)

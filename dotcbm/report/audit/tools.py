@@ -157,8 +157,8 @@ def share(hit_N: Tensor, *, over: str = "pictures") -> Interval:
 def mean(value_N: Tensor, *, settings: AuditSettings, over: str = "pictures", level: float = 0.95) -> Interval:
     """A mean over pictures, NaN left out, with its bootstrap interval."""
     value_N = value_N[~value_N.isnan()].double()
-    if not len(value_N):
-        return Interval(None, over=over)
+    if len(value_N) < 2:
+        return Interval(rounded(value_N.sum()) if len(value_N) else None, n=len(value_N), over=over, level=level)
     return interval(bootstrap_mean(value_N, num_draws=settings.num_draws, level=level, seed=settings.seed), n=len(value_N), over=over)
 
 
@@ -172,8 +172,8 @@ def pair_means(value_NM: Tensor) -> tuple[Tensor, Tensor]:
 def mean_of_pairs(value_NM: Tensor, *, settings: AuditSettings) -> Interval:
     """A mean over pairs of picture and concept. The pairs of one picture hang together, so the bootstrap draws pictures."""
     value_n, count_n = pair_means(value_NM)
-    if not len(value_n):
-        return Interval(None, over=PAIRS)
+    if len(value_n) < 2:
+        return Interval(rounded(value_n.sum()) if len(value_n) else None, n=int(count_n.sum()), over=PAIRS)
     triple = bootstrap_mean(value_n, weight_N=count_n, num_draws=settings.num_draws, seed=settings.seed)
     return interval(triple, n=int(count_n.sum()), over=PAIRS)
 
@@ -183,8 +183,8 @@ def difference(
 ) -> Interval:
     """a - b of the same pictures with a paired bootstrap interval."""
     both_N = ~(a_N.isnan() | b_N.isnan())
-    if not both_N.any():
-        return Interval(None, over=over)
+    if int(both_N.sum()) < 2:
+        return Interval(rounded((a_N - b_N)[both_N].sum()) if both_N.any() else None, n=int(both_N.sum()), over=over, level=level)
     weight = None if weight_N is None else weight_N[both_N]
     triple = paired_bootstrap(
         a_N[both_N].double(), b_N[both_N].double(), weight_N=weight, num_draws=settings.num_draws, level=level, seed=settings.seed
@@ -193,9 +193,9 @@ def difference(
 
 
 def statistic(compute: Callable[[Tensor], float], n: int, *, settings: AuditSettings, over: str = "pictures") -> Interval:
-    """Any figure of a set of pictures, given by their numbers, with its bootstrap interval."""
-    if n == 0:
-        return Interval(None, over=over)
+    """Any figure of a set of pictures, given by their numbers, with its bootstrap interval; a single picture has none."""
+    if n < 2:
+        return Interval(rounded(compute(torch.arange(n))) if n else None, n=n, over=over)
     return interval(bootstrap(compute, n, num_draws=settings.num_draws, seed=settings.seed), n=n, over=over)
 
 

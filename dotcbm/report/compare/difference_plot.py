@@ -15,7 +15,7 @@ from dotcbm.report.render.numbers import interval_text, number
 
 __all__ = ["PlotRow", "beyond_chance", "difference_plot", "key_mark"]
 
-_LABEL, _CHART, _LANE, _PAD = 250.0, 430.0, 13.0, 9.0
+_LABEL, _CHART, _LANE, _PAD = 290.0, 430.0, 13.0, 9.0
 _TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 

@@ -108,14 +108,14 @@ def _rows(
 
 
 def findings(records: Sequence[AuditRecord]) -> tuple[ComparedFinding, ...]:
-    """Findings of one kind that speak of the same concepts and classes in one row; the most severe first."""
-    by_model = [{(f.key, f.concepts, f.classes): f for f in record.findings} for record in records]
+    """Findings of one kind in one row, whichever concepts and classes they name; the most severe first."""
+    by_model = [{f.key: f for f in reversed(record.findings)} for record in records]
     rows = []
-    for identity in dict.fromkeys(identity for findings in by_model for identity in findings):
-        found = [findings.get(identity) for findings in by_model]
+    for key in dict.fromkeys(f.key for record in records for f in record.findings):
+        found = [findings.get(key) for findings in by_model]
         rows.append(
             ComparedFinding(
-                key=identity[0],
+                key=key,
                 titles=tuple(None if f is None else f.title for f in found),
                 severities=tuple(None if f is None else f.severity for f in found),
                 verdicts=tuple(None if f is None else f.verdict for f in found),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
-from dotcbm.report.findings.rule import LEAST, find, listed, points
-from dotcbm.report.record import AuditRecord, Finding, Interval, Section, Severity, Unit, Verdict
+from dotcbm.report.findings.rule import LEAST, counted, find, listed, points
+from dotcbm.report.record import AuditRecord, ConceptRow, Finding, Interval, Section, Severity, Unit, Verdict
 
 __all__ = ["CONCEPT_RULES"]
 
@@ -17,6 +17,7 @@ _RANDOM = 0.05
 _GOOD: Severity = "good"
 _NOTE: Severity = "note"
 _NEAR_CHANCE = 0.6  # an AUROC that surely stays below tells hardly more than guessing
+_LEAST_OF_KIND = 10  # pictures with and without a concept: with fewer, the bootstrap's interval is too narrow to accuse
 _RESIDUAL = 0.01  # share of the mass that may be misplaced
 
 
@@ -124,19 +125,27 @@ def _chance(record: AuditRecord) -> list[Finding]:
     if not spans:
         return []
     middle = median(spans)
-    measured = [row for row in record.concepts if row.auroc.low is not None]
-    at_chance = [row for row in measured if row.auroc.low is not None and row.auroc.low <= 0.5 and (row.weight_span or 0.0) >= middle > 0]
+    measured = [row for row in record.concepts if row.auroc.value is not None and (row.weight_span or 0.0) >= middle > 0]
+    at_chance = [row for row in measured if row.auroc.low is None or row.auroc.low <= 0.5]
     if not at_chance:
         return []
-    decided = [row for row in at_chance if row.auroc.high is not None and row.auroc.high < _NEAR_CHANCE]
+
+    def is_decided(row: ConceptRow) -> bool:
+        enough = row.num_known >= LEAST and min(row.num_positive, row.num_known - row.num_positive) >= _LEAST_OF_KIND
+        return enough and row.auroc.low is not None and row.auroc.high is not None and row.auroc.high < _NEAR_CHANCE
+
+    decided = [row for row in at_chance if is_decided(row)]
     told = sorted(decided or at_chance, key=lambda row: (-(row.weight_span or 0.0), row.name))
     names = tuple(row.name for row in told)
     if decided:
-        title = f"{len(names)} concepts carry weight though they are recognised no better than by guessing: {listed(names)}."
-        rule = f"interval of the AUROC reaches down to 50 % and ends below {_NEAR_CHANCE:.0%}"
-    else:  # a concept with few positives has an interval that reaches everywhere: that is no proof against it
-        title = f"{len(names)} concepts carry weight, and too few pictures show whether they are recognised: {listed(names)}."
-        rule = f"interval of the AUROC reaches down to 50 % and up to {_NEAR_CHANCE:.0%} or more"
+        title = f"{counted(names, 'carries', 'carry')} weight though recognised no better than by guessing: {listed(names)}."
+        rule = (
+            f"interval of the AUROC reaches down to 50 % and ends below {_NEAR_CHANCE:.0%}, {_LEAST_OF_KIND} pictures with and without the "
+            "concept"
+        )
+    else:  # an interval that reaches everywhere, or too few pictures for one, is no proof against a concept
+        title = f"{counted(names, 'carries', 'carry')} weight, and too few pictures show whether the model recognises it: {listed(names)}."
+        rule = f"interval of the AUROC reaches down to 50 % and up to {_NEAR_CHANCE:.0%} or more, or rests on too few pictures"
     return [
         Finding(
             "concepts/chance",
@@ -166,7 +175,7 @@ def _never(record: AuditRecord) -> list[Finding]:
                 Finding(
                     key,
                     "note",
-                    f"{len(names)} concepts are {what} in the split: {listed(names)}.",
+                    f"{counted(names, 'is', 'are')} {what} in the split: {listed(names)}.",
                     "Nothing can be said of how well they are recognised; the figures leave them out.",
                     Interval(float(len(names)), n=len(record.concepts), over="concepts"),
                     "number",

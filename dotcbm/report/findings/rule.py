@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dotcbm.report.record import AuditRecord, Figure
 
-__all__ = ["LEAST", "find", "listed", "points"]
+__all__ = ["LEAST", "counted", "find", "listed", "points"]
 
 
 LEAST = 30
@@ -25,3 +25,8 @@ def listed(names: tuple[str, ...], most: int = 3) -> str:
 def points(share: float | None) -> str:
     """A share in points, as "12.3"."""
     return f"{100 * (share or 0.0):.1f}"
+
+
+def counted(names: tuple[str, ...], one: str, many: str) -> str:
+    """ "1 concept is" or "3 concepts are", with the verb given."""
+    return f"1 concept {one}" if len(names) == 1 else f"{len(names)} concepts {many}"

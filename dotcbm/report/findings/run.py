@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dotcbm.report.findings.concepts import CONCEPT_RULES
 from dotcbm.report.findings.rule import LEAST, find, listed, points
 from dotcbm.report.findings.shortcut import SHORTCUT_RULES
-from dotcbm.report.record import AuditRecord, Finding, Interval
+from dotcbm.report.record import AuditRecord, Finding, Interval, Section
 
 __all__ = ["RULES", "find_all", "summary"]
 
@@ -42,15 +42,55 @@ def summary(record: AuditRecord) -> str:
     said = []
     if accuracy is not None and accuracy.value.value is not None:
         against = "" if control is None or control.value is None else f", where {accuracy.control_label} gets {control.value:.1%}"
-        said.append(f"{record.card.bottleneck} classifies {accuracy.value.value:.1%} of {accuracy.value.n} pictures rightly{against}.")
+        limit = dict(record.card.audit).get("limit", "None")
+        drawn = f" drawn from the split {record.card.split}" if limit != "None" else ""
+        n = f"{accuracy.value.n} pictures" if accuracy.value.n != 1 else "1 picture"
+        said.append(f"{record.card.bottleneck} classifies {accuracy.value.value:.1%} of {n}{drawn} rightly{against}.")
+    if record.card.split == "train":
+        said.append("These are the pictures that it was trained on: no figure here says how it does on others.")
     bad = [finding for finding in record.findings if finding.severity in ("critical", "warning")]
     good = sum(finding.severity == "good" for finding in record.findings)
     if bad:
         said.append(f"{f'Gravest of {len(bad)} findings' if len(bad) > 1 else 'The finding'} against it: {bad[0].title}")
     else:
         said.append("No rule of the audit raised a warning.")
-    said.append(f"{good} checks were passed, {len(record.absent)} could not be made.")
+    said.append(f"{good} {'check was' if good == 1 else 'checks were'} passed, {len(record.absent)} could not be made.")
     return " ".join(said)
+
+
+def _no_skill(record: AuditRecord) -> list[Finding]:
+    """Is the model better than an answer that looks at no picture?"""
+    found: list[Finding] = []
+    questions: tuple[tuple[str, str, Section, str, bool], ...] = (
+        ("classes/accuracy", "classes/no_skill", "classes", "The classes are found no more often than by saying", True),
+        ("concepts/error", "concepts/no_skill", "concepts", "The concepts are wrong no less often than by", False),
+    )
+    for key, name, section, said, higher in questions:
+        figure = find(record, key)
+        if figure is None or figure.control is None or figure.control.value is None or figure.value.n < LEAST:
+            continue
+        low, high, blind = figure.value.low, figure.value.high, figure.control.value
+        if low is None or high is None or (low > blind if higher else high < blind):
+            continue
+        sure = high <= blind if higher else low >= blind
+        title = f"{said} {figure.control_label}."
+        found.append(
+            Finding(
+                name,
+                "warning" if sure else "note",
+                title if sure else f"The pictures cannot rule it out: {title[0].lower()}{title[1:]}",
+                "The control looks at no picture. A model that is not better than it has learned nothing that this split shows.",
+                figure.value,
+                "percent",
+                blind,
+                f"{'upper' if higher == sure else 'lower'} end of the interval {'not above' if higher else 'not below'} the control",
+                figure.control,
+                figure.control_label,
+                "confirmed" if sure else "open",
+                section,
+            )
+        )
+    return found
 
 
 def _worst_group(record: AuditRecord) -> list[Finding]:
@@ -176,6 +216,7 @@ def _splits(record: AuditRecord) -> list[Finding]:
 RULES: tuple[Callable[[AuditRecord], list[Finding]], ...] = (
     *SHORTCUT_RULES,
     *CONCEPT_RULES,
+    _no_skill,
     _worst_group,
     _weak_classes,
     _calibration,

@@ -18,7 +18,7 @@ _VERDICTS = {"confirmed": "confirmed by its control", "refuted": "refuted by its
 def markdown(record: AuditRecord) -> str:
     """The text; names are escaped such that Markdown and HTML leave them as they are."""
     card = record.card
-    verdict = headline(record.findings)
+    verdict = headline(record)
     lines = [
         f"# {_plain(record.title)}",
         "",

@@ -84,7 +84,7 @@ def _page(record: AuditRecord, *, script: str) -> str:
         .render(
             record=record,
             sections=views.sections(record),
-            headline=views.headline(record.findings),
+            headline=views.headline(record),
             key_figures=views.key_figures(record),
             map_trust=views.map_trust(record),
             cards={"errors": errors, "pictures": cards},

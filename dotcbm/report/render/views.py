@@ -5,10 +5,9 @@ Both HTML and Markdown are drawn from these. K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dotcbm.report.record import Absence, AuditRecord, Figure, Finding, PictureCard, Severity
+from dotcbm.report.record import Absence, AuditRecord, Figure, PictureCard, Severity
 from dotcbm.report.render.heat import heat_png, outline
 
 __all__ = [
@@ -151,8 +150,9 @@ def map_trust(record: AuditRecord) -> Figure | None:
     return None
 
 
-def headline(findings: Sequence[Finding]) -> Headline:
+def headline(record: AuditRecord) -> Headline:
     """What stands: findings that no control has refuted."""
+    findings = record.findings
     tally = []
     for severity in SEVERITIES:
         rows = [finding for finding in findings if finding.severity == severity]
@@ -171,6 +171,9 @@ def headline(findings: Sequence[Finding]) -> Headline:
         return Headline("critical", f"{critical} critical finding{'s stand' if critical > 1 else ' stands'}, {proof}.", tuple(tally))
     if warning:
         return Headline("warning", f"No critical finding stands. {warning} warning{'s do' if warning > 1 else ' does'}.", tuple(tally))
+    if not standing.get("good"):
+        missed = f": {len(record.absent)} could not be made" if record.absent else ""
+        return Headline("note", f"No warning stands, and no check was passed{missed}. Nothing was decided.", tuple(tally))
     return Headline("good", "No critical finding and no warning stands.", tuple(tally))
 
 
