@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningDataModule
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dotcbm.data.batches import VIEWS, Annotations, Rows, View, make_loader, mix_seed, prepare_view
 from dotcbm.data.features import FeatureCache, cache_features
-from dotcbm.data.source import ConceptDataset, ConceptSource, read_picture
+from dotcbm.data.loose_pictures import loose_pictures
+from dotcbm.data.source import ConceptDataset, ConceptSource
 from dotcbm.structures import ConceptBatch, ConceptSet, PatchEncoder
 
 __all__ = ["ConceptDataModule"]
@@ -356,20 +356,9 @@ class ConceptDataModule(LightningDataModule):
         return dataset
 
     def _pictures_to_predict(self) -> ConceptDataset:
-        if not self.predict_files:
-            return self._checked(self.source.load(self.predict_split))
-        paths = list(_picture_paths(self.predict_files))
-        if not paths:
-            raise ValueError(f"no pictures in {self.predict_files}; give picture files, or folders that hold some")
-        return ConceptDataset(
-            concepts=self.concepts,
-            split="predict",
-            names=tuple(str(path) for path in paths),
-            label_N=torch.full((len(paths),), -1),
-            concept_NM=torch.full((len(paths), self.concepts.num_concepts), torch.nan),
-            read_image=partial(_read_nth, tuple(paths)),
-            read_size=partial(_size_of_nth, tuple(paths)),
-        )
+        if self.predict_files:
+            return loose_pictures(self.predict_files, concepts=self.concepts)
+        return self._checked(self.source.load(self.predict_split))
 
 
 @contextmanager
@@ -385,21 +374,3 @@ def _placed(encoder: PatchEncoder, device: torch.device | None) -> Iterator[None
         yield
     finally:
         encoder.to(home)
-
-
-def _picture_paths(given: Iterable[str]) -> Iterable[Path]:
-    known = Image.registered_extensions()
-    for path in map(Path, given):
-        if path.is_dir():
-            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in known)
-        else:
-            yield path
-
-
-def _read_nth(paths: tuple[Path, ...], row: int) -> Tensor:
-    return read_picture(paths[row])
-
-
-def _size_of_nth(paths: tuple[Path, ...], row: int) -> tuple[int, int]:
-    picture = _read_nth(paths, row)
-    return int(picture.shape[1]), int(picture.shape[2])
