@@ -157,7 +157,8 @@ def relevance_mass(map_BNM: Tensor, *, grid: tuple[int, int], mask_BHW: Tensor) 
     Args:
         map_BNM: (B, N, M); negative values count as zero.
         grid: (grid_h, grid_w) of the map.
-        mask_BHW: (B, H, W) bool, of the object for instance, averaged over each patch's area.
+        mask_BHW: (B, H, W) bool, of the object for instance, averaged over each patch's area; or (B, grid_h, grid_w) with the shares of
+            the patches that it covers.
 
     Returns:
         (B, M) float64 in [0, 1]; NaN where the map has no positive mass or the mask is empty. A uniform map gets the mask's
@@ -199,7 +200,7 @@ def relevance_rank(map_BNM: Tensor, *, grid: tuple[int, int], mask_BHW: Tensor) 
     Args:
         map_BNM: (B, N, M).
         grid: (grid_h, grid_w) of the map.
-        mask_BHW: (B, H, W) bool.
+        mask_BHW: (B, H, W) bool, or (B, grid_h, grid_w) with the shares of the patches that it covers.
 
     Returns:
         (B, M) float64 in [0, 1]; NaN where the mask is empty.

@@ -32,7 +32,6 @@ from dotcbm.metrics.detection import THRESHOLDS, correct_parts, detect
 from dotcbm.metrics.localization import (
     coverage,
     distance_to_parts,
-    part_relevance_mass,
     peak_points,
     pointing_in_mask,
     relevance_mass,
@@ -94,6 +93,9 @@ def place_columns(
         columns["area"] = torch.where(outside_B < 1, outside_B, torch.nan).float()
     points_BP3 = batch.points_BP3 if has_parts else None
     masks_BPHW = batch.part_masks_BPHW if has_parts else None
+    # Covered once for all maps, and once for all concepts that share their parts: at 448 px this is most of the work.
+    sets_SP, set_of_M = part_mask_MP.unique(dim=0, return_inverse=True)
+    covered_SBHW = [] if masks_BPHW is None else [coverage(masks_BPHW[:, row].any(1), grid=grid).unflatten(1, grid) for row in sets_SP]
     groups = part_groups(concepts)
     truth_BP4 = _true_boxes(batch) if len(groups) else None
     by_points = points_BP3 is not None and batch.box_B4 is not None and len(groups) and set(groups.names) <= set(APN_GROUPS)
@@ -108,8 +110,11 @@ def place_columns(
             )
         if masks_BPHW is not None:
             found["in_mask"] = pointing_in_mask(map_BNM, grid=grid, part_masks_BPHW=masks_BPHW, part_mask_MP=part_mask_MP)
-            found["part_mass"] = part_relevance_mass(map_BNM, grid=grid, part_masks_BPHW=masks_BPHW, part_mask_MP=part_mask_MP)
-            found["part_rank"] = _part_rank(map_BNM, grid=grid, part_masks_BPHW=masks_BPHW, part_mask_MP=part_mask_MP)
+            for figure, measure in (("part_mass", relevance_mass), ("part_rank", relevance_rank)):
+                found[figure] = torch.full((len(map_BNM), len(set_of_M)), torch.nan, dtype=torch.float64)
+                for number, mask_BHW in enumerate(covered_SBHW):
+                    mine_M = set_of_M == number
+                    found[figure][:, mine_M] = measure(map_BNM[..., mine_M], grid=grid, mask_BHW=mask_BHW)
         if truth_BP4 is not None:
             drawn = [
                 detect(map_BNM, output.concept_BM.float(), grid=grid, part_box_BP4=truth_BP4, groups=groups, threshold=threshold)
@@ -131,13 +136,3 @@ def _true_boxes(batch: ConceptBatch) -> Tensor | None:
         return None
     point_BP2 = torch.where(batch.points_BP3[..., 2:] > 0.5, batch.points_BP3[..., :2], torch.nan)
     return boxes_around_points(point_BP2, box_B4=batch.box_B4)
-
-
-def _part_rank(map_BNM: Tensor, *, grid: tuple[int, int], part_masks_BPHW: Tensor, part_mask_MP: Tensor) -> Tensor:
-    """(B, M) `relevance_rank` of each concept in the union of its own visible parts."""
-    rank_BM = map_BNM.new_full((map_BNM.shape[0], map_BNM.shape[2]), torch.nan, dtype=torch.float64)
-    sets_SP, set_of_M = part_mask_MP.unique(dim=0, return_inverse=True)
-    for number, row in enumerate(sets_SP):
-        mine_M = set_of_M == number
-        rank_BM[:, mine_M] = relevance_rank(map_BNM[:, :, mine_M], grid=grid, mask_BHW=part_masks_BPHW[:, row].any(1))
-    return rank_BM

@@ -105,6 +105,7 @@ def plan_swap(columns: Columns, *, settings: AuditSettings) -> Tensor:
 
 def swapped_pictures(dataset: ConceptDataset, columns: Columns, plan_S3: Tensor) -> ConceptDataset:
     """2 S pictures of a plan: each object on the background of its own class, and then of another one."""
+    dataset = replace(dataset, read_part_masks=None)  # of no use here, and slow to read
     row_N, triples = columns.row_N, plan_S3.tolist()
     pairs = [(int(row_N[n]), int(row_N[donor])) for n, same, other in triples for donor in (same, other)]
     shown = dataset.subset([row for row, _ in pairs])
@@ -204,7 +205,7 @@ def occlude(
     advance: Callable[[int], None] | None = None,
 ) -> Occlusion | None:
     """Cover what `plan_occlusion` says and show it to the model; None for a model without maps."""
-    dataset = data.dataset(columns.split)
+    dataset = replace(data.dataset(columns.split), read_part_masks=None)
     device = next(model.bottleneck.parameters()).device
 
     def piece(start: int) -> dict[str, Tensor]:
