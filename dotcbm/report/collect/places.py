@@ -94,8 +94,10 @@ def place_columns(
     points_BP3 = batch.points_BP3 if has_parts else None
     masks_BPHW = batch.part_masks_BPHW if has_parts else None
     # Covered once for all maps, and once for all concepts that share their parts: at 448 px this is most of the work.
-    sets_SP, set_of_M = part_mask_MP.unique(dim=0, return_inverse=True)
-    covered_SBHW = [] if masks_BPHW is None else [coverage(masks_BPHW[:, row].any(1), grid=grid).unflatten(1, grid) for row in sets_SP]
+    covered_SBHW, set_of_M = [], torch.zeros(len(part_mask_MP), dtype=torch.long)
+    if masks_BPHW is not None:
+        sets_SP, set_of_M = part_mask_MP.unique(dim=0, return_inverse=True)
+        covered_SBHW = [coverage(masks_BPHW[:, row].any(1), grid=grid).unflatten(1, grid) for row in sets_SP]
     groups = part_groups(concepts)
     truth_BP4 = _true_boxes(batch) if len(groups) else None
     by_points = points_BP3 is not None and batch.box_B4 is not None and len(groups) and set(groups.names) <= set(APN_GROUPS)
