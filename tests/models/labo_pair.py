@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -23,9 +24,12 @@ def in_a_pair(rank: int, folder: str) -> dict[str, torch.Tensor]:
         model = DistributedDataParallel(LaBo(given["problem"], **given["settings"]))
         model.module.load_state_dict(given["state"])
         steps(model, [tuple(part[rank::2] for part in batch) for batch in given["batches"]])
+        state = model.module.state_dict()
+        del model
+        dist.barrier()  # neither leaves while the other still talks
     finally:
         dist.destroy_process_group()
-    return model.module.state_dict()
+    return state
 
 
 def steps(model: nn.Module, batches: list[tuple[torch.Tensor, ...]]) -> None:
@@ -41,3 +45,4 @@ def steps(model: nn.Module, batches: list[tuple[torch.Tensor, ...]]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     in_a_pair(1, sys.argv[1])
+    os._exit(0)  # gloo's threads may outlive the interpreter, which then aborts ("terminate called without an active exception")
