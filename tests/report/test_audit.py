@@ -345,6 +345,14 @@ def test_swapped_pictures_are_encoded_once_for_all_models(encoder, dot, tmp_path
         assert first.figure(name).value.value == pytest.approx(direct.figure(name).value.value, abs=0.04)  # cached in half precision
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_swapped_pictures_keep_the_mask_that_a_prior_is_made_of(encoder, cache, cached):
+    model = model_of(encoder, DRAWN, DotCBM, dim=16, iterations=5, patch_prior="external")
+    data = data_of(DRAWN, cache if cached else None, foreground_in_training=True)
+    found = audit(model, data, settings=replace(QUICK, depth="figures"))
+    assert {"suspects/swap_fall", "concepts/occlusion_excess"} <= keys(found)
+
+
 def test_names_that_html_would_obey(encoder, cache):
     source = Changed(DRAWN, names=("<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "a & b | c"))
     found = audit(model_of(encoder, source, CBM), data_of(source, cache), settings=QUICK)

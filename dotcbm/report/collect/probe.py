@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dotcbm.data.backgrounds_paint import PAINT, swap_background
-from dotcbm.data.batches import Rows, mix_seed
+from dotcbm.data.batches import Annotations, Rows, mix_seed
 from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.data.source import ConceptDataset
 from dotcbm.data.transforms import collate, prepare_sample
@@ -114,8 +114,7 @@ def swapped_pictures(dataset: ConceptDataset, columns: Columns, plan_S3: Tensor)
         names=tuple(f"{dataset.names[row]} on {dataset.names[donor]}" for row, donor in pairs),
         read_image=partial(_swapped, dataset, pairs),
         read_size=partial(_size_of, dataset, pairs),
-        read_foreground=None,
-        read_part_masks=None,
+        read_foreground=partial(_foreground_of, dataset, pairs),
         source_key=f"{dataset.source_key} swapped {PAINT}",
         rows=None,
     )
@@ -127,6 +126,10 @@ def _swapped(dataset: ConceptDataset, pairs: Sequence[tuple[int, int]], index: i
     assert shown.foreground_HW is not None
     assert lent.image is not None
     return swap_background(shown.image, shown.foreground_HW, lent.image, lent.foreground_HW)
+
+
+def _foreground_of(dataset: ConceptDataset, pairs: Sequence[tuple[int, int]], index: int) -> Tensor | None:
+    return dataset.sample(pairs[index][0], image=False).foreground_HW
 
 
 def _size_of(dataset: ConceptDataset, pairs: Sequence[tuple[int, int]], index: int) -> tuple[int, int]:
@@ -155,7 +158,8 @@ def swap(
     """
     dataset = swapped_pictures(data.dataset(columns.split), columns, plan_S3)
     caches = [data.cache_pictures(dataset, progress=False, advance=encoded)] if data.caches_features else None
-    rows = Rows(dataset, preprocessing=model.preprocessing, caches=caches, annotations="labels")
+    annotations: Annotations = "foreground" if data.foreground_in_training else "labels"
+    rows = Rows(dataset, preprocessing=model.preprocessing, caches=caches, annotations=annotations)
 
     def piece(start: int) -> dict[str, Tensor]:
         shown = [(row, 0) for row in range(2 * start, min(2 * (start + _PIECE), len(dataset)))]
