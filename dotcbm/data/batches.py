@@ -113,6 +113,7 @@ class Rows(Dataset[ConceptBatch]):
         in_memory: bool = False,
         mean_patch: bool = False,
         skip_bad: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         """Args:
         dataset: The split.
@@ -124,6 +125,8 @@ class Rows(Dataset[ConceptBatch]):
         in_memory: Keep what was read: features, and annotations as they were prepared.
         mean_patch: Of cached features give the mean over the patches in their place, as one patch in float32, and keep it in memory.
         skip_bad: Leave undecodable pictures out of their batch, with a warning, instead of raising.
+        device: Where features in memory are kept and batches of them gathered: a GPU, if they leave half of its free memory to
+            others, and main memory if not.
         """
         if annotations == "foreground":
             dataset = replace(dataset, read_part_masks=None)
@@ -138,6 +141,8 @@ class Rows(Dataset[ConceptBatch]):
             self._resident = [_mean_patches(cache) for cache in caches]
         elif caches and in_memory:
             self._resident = [cache.read(range(len(cache))) for cache in caches]
+        if self._resident is not None and device is not None and _fits(self._resident, device):
+            self._resident = [features.to(device) for features in self._resident]
         self._kept: dict[tuple[Row, ...], ConceptBatch] | None = {} if in_memory and annotations != "labels" else None
         self._samples: dict[int, ConceptSample] | None = {} if in_memory and not caches else None
 
@@ -156,9 +161,9 @@ class Rows(Dataset[ConceptBatch]):
             return caches[0].read(rows)
         parts = [(views == number).nonzero()[:, 0] for number in range(len(caches))]
         read = [self._read(number, rows[part]) for number, part in enumerate(parts) if len(part)]
-        back = torch.cat(parts).argsort()
         if len(read) == 1:
             return read[0]
+        back = torch.cat(parts).argsort().to(read[0].patch_BND.device)
         return PatchFeatures(
             patch_BND=torch.cat([features.patch_BND for features in read])[back],
             global_BD=torch.cat([features.global_BD for features in read])[back],
@@ -168,6 +173,7 @@ class Rows(Dataset[ConceptBatch]):
     def _read(self, view: int, rows: Tensor) -> PatchFeatures:
         if self._resident is not None:
             resident = self._resident[view]
+            rows = rows.to(resident.patch_BND.device)
             return PatchFeatures(patch_BND=resident.patch_BND[rows], global_BD=resident.global_BD[rows], grid=resident.grid)
         assert self.caches is not None
         return self.caches[view].read(rows)
@@ -223,6 +229,14 @@ def _mean_patches(cache: FeatureCache) -> PatchFeatures:
         global_BD=torch.cat([part.global_BD for part in parts]),
         grid=(1, 1),
     )
+
+
+def _fits(kept: Sequence[PatchFeatures], device: torch.device) -> bool:
+    """Whether a device has twice the room that features take."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    free, _ = torch.cuda.mem_get_info(device)
+    return 2 * sum(features.patch_BND.nbytes + features.global_BD.nbytes for features in kept) <= free
 
 
 def _empty(dataset: ConceptDataset) -> ConceptBatch:

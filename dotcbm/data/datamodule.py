@@ -59,10 +59,10 @@ class ConceptDataModule(LightningDataModule):
         cache_dir: Where the features of frozen encoders lie; None runs the encoder in every step.
         views: How training pictures are shown, one drawn for each picture and epoch (see `dotcbm.data.batches.VIEWS`): ["plain"]
                 by default; ["plain", "flip"] mirrors every other one, "coarse" prepares for pictures of less detail.
-        evaluate_splits: What `test` evaluates; every split but "train" and "val" by default.
+        evaluate_splits: What `test` evaluates; every split but "train" and "val" by default. "val" may be the part carved out.
         foreground_in_training: Read the object masks in training too, for bottlenecks whose patch prior is "external".
         in_memory: Keep features and masks, or without a cache the decoded pictures, in memory once they are read, in each process
-                that reads.
+                that reads. Features are kept on the GPU that trains, if it has room and no worker processes read.
         predict_files: What `predict` reads: pictures, and folders of pictures.
         predict_split: What it reads without `predict_files`.
 
@@ -77,7 +77,8 @@ class ConceptDataModule(LightningDataModule):
         views = ["plain"] if views is None else views
         if not views or views[0] != "plain" or len(set(views)) < len(views) or set(views) - set(VIEWS):
             raise ValueError(f"views is {views}; choose 'plain' first, and then any of {list(VIEWS[1:])}")
-        unknown = sorted({*(evaluate_splits or ()), *([] if predict_files else [predict_split])} - set(source.splits))
+        carved = {"val"} if val_fraction > 0 else set()
+        unknown = sorted({*(set(evaluate_splits or ()) - carved), *([] if predict_files else [predict_split])} - set(source.splits))
         if unknown:
             raise ValueError(f"{type(source).__name__} has no split {unknown[0]!r}; it has {list(source.splits)}")
         self.source = source
@@ -300,6 +301,7 @@ class ConceptDataModule(LightningDataModule):
         key = (split, f"{annotations} {views} {mean_patch}")
         if key not in self._rows:
             caches = [cache for view in views if (cache := self.cache(split, view=view)) is not None]
+            trains = split in ("train", "val") and self.trainer is not None and self.num_workers == 0
             self._rows[key] = Rows(
                 self.dataset(split),
                 preprocessing=self._known_encoder().preprocessing,
@@ -308,6 +310,7 @@ class ConceptDataModule(LightningDataModule):
                 annotations=annotations,
                 in_memory=self.in_memory,
                 mean_patch=mean_patch,
+                device=self.trainer.strategy.root_device if self.trainer is not None and trains else None,
             )
         return self._rows[key]
 

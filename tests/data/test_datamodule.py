@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fakes.source import TinySource
 from PIL import Image
 
+from dotcbm.data import batches
 from dotcbm.data.batches import EpochSampler, mix_seed
 from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.data.source import BadPictureError
 from dotcbm.encoders.image import ImageEncoder
+from dotcbm.structures import PatchFeatures
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,14 @@ def test_validation_part_is_stratified_disjoint_and_decided_by_the_seed():
     assert torch.bincount(val.label_N).tolist() == [2, 2, 2, 2]
     assert module(val_fraction=0.2).dataset("val").names == val.names
     assert module(val_fraction=0.2, seed=1).dataset("val").names != val.names
+
+
+def test_the_part_carved_out_can_be_evaluated(encoder):
+    data = module(val_fraction=0.2, encoder=encoder, evaluate_splits=["val"])
+    (loader,) = data.test_dataloader()
+    assert [name for batch in loader for name in batch.names] == list(data.dataset("val").names)
+    with pytest.raises(ValueError, match="has no split 'val'"):
+        module(val_fraction=0.0, evaluate_splits=["val"])
 
 
 def test_classes_with_one_picture_stay_in_training():
@@ -119,6 +130,38 @@ def test_cached_features_are_those_of_the_pictures(encoder, tmp_path):
         assert torch.equal(batch.features.patch_BND, kept.features.patch_BND)
         seen += len(batch)
     assert seen == len(cached.dataset("train"))
+
+
+@pytest.mark.parametrize(("room", "place"), [(True, "meta"), (False, "cpu")])
+def test_features_in_memory_lie_where_training_runs_if_there_is_room(encoder, tmp_path, monkeypatch, room, place):
+    monkeypatch.setattr(batches, "_fits", lambda kept, device: room)
+    data = module(encoder=encoder, cache_dir=str(tmp_path), views=["plain", "flip"], in_memory=True, evaluate_splits=["test"])
+    data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")), world_size=1, global_rank=0)
+    batch = next(iter(data.train_dataloader()))
+    assert {batch.features.patch_BND.device.type, batch.features.global_BD.device.type} == {place}
+    assert next(iter(data.plain_loader("train"))).features.patch_BND.device.type == place
+    assert next(iter(data.loader("test"))).features.patch_BND.device.type == "cpu"
+
+
+def test_a_gpu_must_have_twice_the_room_that_features_take(monkeypatch):
+    kept = [PatchFeatures(patch_BND=torch.zeros(10, 4, 8).half(), global_BD=torch.zeros(10, 8).half(), grid=(2, 2))]  # 800 bytes
+    for free, fits in ((1600, True), (1599, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**6))
+        assert batches._fits(kept, torch.device("cuda")) == fits
+    assert batches._fits(kept, torch.device("cpu"))
+    assert not batches._fits(kept, torch.device("mps"))
+
+
+def test_batches_gathered_on_a_gpu_are_those_of_main_memory(encoder, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    settings = {"encoder": encoder, "cache_dir": str(tmp_path), "views": ["plain", "flip"], "in_memory": True}
+    there = module(**settings)
+    there.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")), world_size=1, global_rank=0)
+    for batch, expected in zip(there.train_dataloader(), module(**settings).train_dataloader(), strict=True):
+        assert batch.features.patch_BND.is_cuda
+        assert torch.equal(batch.features.patch_BND.cpu(), expected.features.patch_BND)
+        assert torch.equal(batch.features.global_BD.cpu(), expected.features.global_BD)
 
 
 def test_plain_and_flipped_views_both_come_up(encoder, tmp_path):
