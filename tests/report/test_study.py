@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from dataclasses import replace
@@ -11,6 +12,7 @@ from statistics import mean, stdev
 import pytest
 import torch
 
+from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.data.synthetic import Synthetic
 from dotcbm.report.record_file import read_record
 from dotcbm.report.study import run_study
@@ -144,6 +146,15 @@ def test_shipped_studies_can_be_read() -> None:
     assert set(trials) <= {row.name for row in studies["birds"].rows}
     # The linear probe has the strength of its head only, which each trial searches; random concepts have six settings in all.
     assert {number for method, number in trials.items() if method not in ("linear probe", "random concepts")} == {40}
+
+
+def test_the_splits_that_shipped_studies_ask_for_are_there(shared: Path) -> None:
+    for path in sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml")):
+        for name, world in read_study(path).worlds.items():
+            source = json.loads(json.dumps(source_of(world, seed=0)).replace("../shared", str(shared)))
+            data = ConceptDataModule(make_source(source), **world.data)
+            assert all(len(data.dataset(split)) for split in data.evaluate_splits), (path.name, name)
+            assert world.audit is None or world.audit["split"] in data.evaluate_splits
 
 
 def test_a_grid_is_a_row_for_each_trial_and_the_table_shows_the_best_of_each(tmp_path: Path) -> None:
