@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dotcbm.metrics.standardize import standardize
+
 __all__ = ["discrete_entropy", "discrete_information", "ksg_information", "ross_information", "separate_ties"]
 
 _TIE_NOISE = 1e-10  # of a standard deviation: scikit-learn's, after Kraskov et al.
@@ -22,9 +24,8 @@ _TIE_NOISE = 1e-10  # of a standard deviation: scikit-learn's, after Kraskov et 
 
 def separate_ties(value_nX: Tensor, *, seed: int = 0) -> Tensor:
     """(n, X) float64: each variable divided by its deviation, plus noise far below it that depends on the seed alone."""
-    value_nX = value_nX.detach().double().cpu()
-    deviation_X = value_nX.std(0, unbiased=False)
-    scaled_nX = value_nX / torch.where(deviation_X > 0, deviation_X, 1.0)
+    z_nX, mean_X, deviation_X = standardize(value_nX.detach().cpu())
+    scaled_nX = z_nX + mean_X / deviation_X
     noise_nX = torch.randn(value_nX.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return scaled_nX + _TIE_NOISE * scaled_nX.abs().mean(0).clamp(min=1) * noise_nX
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from dotcbm.metrics.concepts import concept_auroc
 from dotcbm.metrics.information import discrete_entropy, discrete_information, ksg_information, ross_information, separate_ties
+from dotcbm.metrics.standardize import standardize
 
 __all__ = [
     "LeakageFigures",
@@ -230,9 +231,9 @@ def niche_impurity(concept_NM: Tensor, truth_NM: Tensor, *, seed: int = 0) -> fl
     """
     _check(concept_NM, truth_NM)
     train_n, test_n = _split(len(concept_NM), seed=seed)
-    z_NM = concept_NM.detach().cpu().float()
-    mean_M, deviation_M = z_NM[train_n].mean(0), z_NM[train_n].std(0, unbiased=False)
-    z_NM = (z_NM - mean_M) / torch.where(deviation_M > 0, deviation_M, 1.0)  # 0 stands for an input's mean
+    value_NM = concept_NM.detach().cpu().double()
+    _, mean_M, deviation_M = standardize(value_NM[train_n])
+    z_NM = ((value_NM - mean_M) / deviation_M).float()  # 0 stands for an input's mean
     truth_NM = truth_NM.detach().cpu().float()
     network = _train_network(z_NM[train_n], truth_NM[train_n], seed=seed)
     correlation_MM = _correlation(z_NM[train_n], truth_NM[train_n])

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dotcbm.data.source import ConceptDataset
+from dotcbm.metrics.standardize import standardize
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.concept_model import ConceptModel
 from dotcbm.structures import ConceptBatch
@@ -90,9 +91,7 @@ def fit_head(
         row = int((~input_nF.isfinite()).any(1).nonzero()[0])
         raise ValueError(f"what the head reads of training row {row} is not finite: the bottleneck has diverged; lower lr")
     x_nF = input_nF.double()
-    mean_F, deviation_F = x_nF.mean(0), x_nF.std(0, unbiased=False)
-    deviation_F = torch.where(deviation_F > 1e-12, deviation_F, 1.0)  # a constant input gets weight 0 from the L2 term
-    z_nF = (x_nF - mean_F) / deviation_F
+    z_nF, mean_F, deviation_F = standardize(x_nF)  # a constant input gets weight 0 from the L2 term
     weight = torch.zeros(num_classes, x_nF.shape[1] + 1, dtype=torch.float64, device=x_nF.device)
     best: tuple[float, float, HeadFit] | None = None
     behind = 0

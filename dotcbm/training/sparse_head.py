@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dotcbm.metrics.sparsity import nec as count_nec
 from dotcbm.metrics.sparsity import truncate_weights
+from dotcbm.metrics.standardize import standardize
 from dotcbm.training.head_fit import HeadFit
 
 __all__ = ["SparsePath", "fit_path", "fit_sparse_head", "largest_strength"]
@@ -120,9 +121,8 @@ def fit_path(
         ValueError: A setting out of range, inputs that are not finite, or labels out of range.
     """
     x_nF = _checked(input_nF, label_n, num_classes=num_classes, alpha=alpha, num_strengths=num_strengths)
-    mean_F, deviation_F = x_nF.mean(0), x_nF.std(0, unbiased=False)
-    deviation_F = torch.where(deviation_F > 1e-12, deviation_F, 1.0)
-    problem = _Problem.of((x_nF - mean_F) / deviation_F, label_n, num_classes=num_classes, alpha=alpha, class_weight_K=class_weight_K)
+    z_nF, mean_F, deviation_F = standardize(x_nF)
+    problem = _Problem.of(z_nF, label_n, num_classes=num_classes, alpha=alpha, class_weight_K=class_weight_K)
     train, present_P = (input_nF, label_n), problem.present_P
     largest = problem.largest_strength()
     weight_PC, curvature, last = problem.empty(), 1.0, largest
@@ -175,9 +175,9 @@ def largest_strength(
     Args and errors as `fit_path`.
     """
     x_nF = _checked(input_nF, label_n, num_classes=num_classes, alpha=alpha, num_strengths=1)
-    deviation_F = x_nF.std(0, unbiased=False)
-    z_nF = (x_nF - x_nF.mean(0)) / torch.where(deviation_F > 1e-12, deviation_F, 1.0)
-    return _Problem.of(z_nF, label_n, num_classes=num_classes, alpha=alpha, class_weight_K=class_weight_K).largest_strength()
+    return _Problem.of(
+        standardize(x_nF)[0], label_n, num_classes=num_classes, alpha=alpha, class_weight_K=class_weight_K
+    ).largest_strength()
 
 
 @dataclass(frozen=True)

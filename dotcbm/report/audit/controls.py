@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dotcbm.data.batches import mix_seed
 from dotcbm.metrics.sparsity import ANEC_LEVELS, anec, nec
+from dotcbm.metrics.standardize import standardize
 from dotcbm.report.audit.tools import Gathered, Section, difference, rounded, share
 from dotcbm.report.collect.run import Columns
 from dotcbm.report.record import Absence, Figure, Interval
@@ -116,8 +117,7 @@ def _read(g: Gathered, columns: Columns) -> Tensor:
 def _random_concepts(g: Gathered) -> tuple[Tensor, Tensor]:
     """(n, M) and (N, M) random concepts of the training and of the audited pictures, in (0, 1)."""
     train_nD, test_ND = g.train.pooled_ND.double(), g.columns.pooled_ND.double()
-    mean_D, deviation_D = train_nD.mean(0), train_nD.std(0, unbiased=False)
-    deviation_D = torch.where(deviation_D > 1e-12, deviation_D, 1.0)
+    _, mean_D, deviation_D = standardize(train_nD)
     weight_DM = torch.randn(train_nD.shape[1], len(g.model.concepts.names), generator=_drawn(g, _PROJECTION), dtype=torch.float64)
     weight_DM = weight_DM / train_nD.shape[1] ** 0.5
     train_nM, test_NM = (((value - mean_D) / deviation_D @ weight_DM).sigmoid() for value in (train_nD, test_ND))

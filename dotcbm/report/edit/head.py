@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from dotcbm.metrics.standardize import standardize
 from dotcbm.models.base import Bottleneck
 from dotcbm.structures import ConceptOutput
 from dotcbm.training.head_fit import HEAD_L2_GRID
@@ -148,9 +149,8 @@ def refit_head(
         raise ValueError("every input of the class head would be removed; leave one concept at least")
     weight_KF, bias_K = weight_KF.detach().cpu().double(), bias_K.detach().cpu().double()
     x_nF = input_nF.double()
-    mean_F, deviation_F = x_nF.mean(0), x_nF.std(0, unbiased=False)
-    deviation_F = torch.where(deviation_F > 1e-12, deviation_F, 1.0)  # a constant input gets weight 0 from the L2 term
-    z_nf = ((x_nF - mean_F) / deviation_F)[:, free_F]
+    z_nF, mean_F, deviation_F = standardize(x_nF)  # a constant input gets weight 0 from the L2 term
+    z_nf = z_nF[:, free_F]
     held_KF = torch.where(kept_F & ~free_F, weight_KF, 0.0)
     offset_nK = x_nF @ held_KF.T
     allowed_Kf = pattern_of(weight_KF)[:, free_F]
