@@ -115,6 +115,9 @@ class Claim:
         rows: Names of the rows shown; all by default.
         better: Which way is good, for each column "higher", "lower" or "none"; all "higher" by default.
         best: Of each method show only the trial with the highest mean of these figures, and how many there were; all rows by default.
+        within: A trial whose mean is this much lower counts as good as the best.
+        prefer: Settings. Of the trials that count as good as the best the one with the largest value is taken, of the first setting
+            in which they differ: the strongest penalty, for instance, as in the one-standard-error rule (Breiman et al., 1984).
     """
 
     name: str
@@ -123,6 +126,8 @@ class Claim:
     rows: tuple[str, ...] = ()
     better: tuple[str, ...] = ()
     best: tuple[str, ...] = ()
+    within: float = 0.0
+    prefer: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -270,7 +275,7 @@ def source_of(world: World, *, seed: int) -> dict[str, Any]:
 
 def _claim(values: Mapping[str, Any]) -> Claim:
     columns = tuple((str(figure), str(heading)) for figure, heading in values["columns"])
-    return Claim(**{**values, "columns": columns, **{name: tuple(values.get(name, ())) for name in ("rows", "better", "best")}})
+    return Claim(**{**values, "columns": columns, **{name: tuple(values.get(name, ())) for name in ("rows", "better", "best", "prefer")}})
 
 
 def _check(study: Study, path: Path) -> None:
@@ -296,6 +301,8 @@ def _check(study: Study, path: Path) -> None:
             world, colon, _ = figure.partition(":")
             if colon and world not in study.worlds:
                 raise ValueError(f"{path}: claim {claim.name!r} asks for {figure!r}; the study has the worlds {list(study.worlds)}")
+        if claim.within < 0 or ((claim.within or claim.prefer) and not claim.best):
+            raise ValueError(f"{path}: claim {claim.name!r} has within {claim.within} and prefer; they choose near the best, by `best`")
         if claim.better and len(claim.better) != len(claim.columns):
             raise ValueError(f"{path}: claim {claim.name!r} has {len(claim.columns)} columns and {len(claim.better)} entries of better")
 

@@ -72,10 +72,18 @@ def shown_rows(study: Study, records: Sequence[Record], claim: Claim) -> list[tu
         known = [value for value in each if not math.isnan(value)]
         return mean(known) if known else -math.inf
 
+    def preference(row: Row) -> tuple[float, ...]:
+        settings = {**row.settings, **row.task}
+        return (*(float(settings.get(name, 0)) for name in claim.prefer), score(row))
+
     by_method: dict[str, list[Row]] = {}
     for row in rows:
         by_method.setdefault(row.method, []).append(row)
-    return [(max(trials, key=score), len(trials)) for trials in by_method.values()]
+    shown: list[tuple[Row, int]] = []
+    for trials in by_method.values():
+        best = max(score(row) for row in trials)
+        shown.append((max((row for row in trials if score(row) >= best - claim.within - 1e-9), key=preference), len(trials)))
+    return shown
 
 
 def split_labels(figure: str) -> list[str]:
