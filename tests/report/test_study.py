@@ -182,6 +182,8 @@ def test_a_grid_is_a_row_for_each_trial_and_the_table_shows_the_best_of_each(tmp
         "| DOT-CBM (dim 8, lr 0.1) | 3 | 1 | 70.0 |",
     ]
     assert len(markdown(study, records, replace(claim, best=())).splitlines()) == 6
+    (ax,) = plot_claim(study, records, claim).axes
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["linear probe", "DOT-CBM"]  # settings would not fit the margin
     # 70 and 90 have a mean of 80, 60 and 90 one of 75, 75 and 80 one of 77.5: near the best, the setting that is preferred.
     for within, prefer, shown in ((0.05, ("dim",), "dim 8"), (0.03, ("vop_weight", "epochs"), "dim 8"), (0.05, ("lr",), "dim 8")):
         assert shown in markdown(study, records, replace(claim, within=within, prefer=prefer))

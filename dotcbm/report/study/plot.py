@@ -25,7 +25,9 @@ def plot_claim(study: Study, records: Sequence[Record], claim: Claim) -> Figure:
     Raises:
         ValueError: No row of the claim has a record.
     """
-    rows = [row.name for row, _ in shown_rows(study, records, claim)]
+    shown = [row for row, _ in shown_rows(study, records, claim)]
+    # Of a claim that shows one trial of each method the table says which; the margin has no room for its settings.
+    rows, names = [row.name for row in shown], [row.method if claim.best else row.name for row in shown]
     if not rows:
         raise ValueError(f"the claim {claim.name!r} of the study {study.name} has no record yet; run the study first")
     width = _LABELS + len(claim.columns) * (_PANEL + _GAP) + 0.2
@@ -49,7 +51,7 @@ def plot_claim(study: Study, records: Sequence[Record], claim: Claim) -> Figure:
         ax.set_ylim(len(rows) - 0.5, -0.5)
         ax.margins(x=0.1)
         ax.tick_params(axis="x", labelsize=SMALL, colors=MUTED, length=2)
-        ax.set_yticks(range(len(rows)), rows if number == 0 else [""] * len(rows), fontsize=NAME, color=INK)
+        ax.set_yticks(range(len(rows)), names if number == 0 else [""] * len(rows), fontsize=NAME, color=INK)
         ax.tick_params(axis="y", length=0)
         for side in ("top", "right", "left"):
             ax.spines[side].set_visible(False)
@@ -62,5 +64,6 @@ def plot_claim(study: Study, records: Sequence[Record], claim: Claim) -> Figure:
         said = f"{'●◆■▲'[number % 4]} {('first', 'second', 'third', 'fourth')[number % 4]} of a heading's figures"
         figure.text((_LABELS + number * 2.1) / width, 0.25 / height, said, fontsize=SMALL + 1, color=_SPLIT_COLOURS[number % 4])
     seeds = len({record.seed for record in records})
-    figure.text(0.15 / width, 0.25 / height, f"%, {seeds} seeds: small marks", fontsize=SMALL + 1, color=MUTED)
+    said = f"%, {seeds} seeds: small marks" if seeds > 1 else "%, one seed"
+    figure.text(0.15 / width, 0.25 / height, said, fontsize=SMALL + 1, color=MUTED)
     return figure
