@@ -9,7 +9,8 @@ a pooling where DOT-CBM has a transport plan.
 
 Every concept looks for its patches alone: nothing makes concepts compete for patches, and no patch has to be explained. The weights,
 divided by M, are the plan of the transport whose patch marginal is left free: with the temperature for eps the softmax is its solution
-for uniform gamma, the maximum its limit without entropy, the mean its limit with nothing else. So the output holds them as its plan.
+for uniform gamma, the maximum its limit without entropy, the mean its limit with nothing else. So the output holds them as its plan;
+but not those of the mean, which are the same everywhere and look at no place: its map is the evidence, what each patch adds.
 
 Departures: the paper says neither how it pools nor from what it reads; cosines as in its cost, the three usual poolings, and the
 readouts of `dotcbm.models.readout`.
@@ -118,13 +119,14 @@ class DotProduct(Bottleneck):
             weight_BNM, cosine_BNM=cosine_BNM, feature_BND=patch_BND if self.value_on == "encoder" else adapted_BND
         )
         num_concepts = weight_BNM.shape[2]
+        looks = not self.training and self.pooling != "mean"
         return ConceptOutput(
             concept_logit_BM=logit_BM,
             class_logit_BK=self.classify(logit_BM),
             grid=features.grid,
             evidence_BNM=evidence_BNM,
-            plan_BNM=None if self.training else weight_BNM / num_concepts,
-            gamma_BM=None if self.training else torch.full_like(logit_BM, 1 / num_concepts),
+            plan_BNM=weight_BNM / num_concepts if looks else None,
+            gamma_BM=torch.full_like(logit_BM, 1 / num_concepts) if looks else None,
             losses={
                 "vop": orthogonality(adapted_BND, form=self.orthogonality_form),
                 "top": orthogonality(concept_MD, form=self.orthogonality_form),
