@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 import pytest
 import torch
 
@@ -199,7 +200,7 @@ def test_the_table_holds_the_mean_and_spread_of_the_records() -> None:
     records = [
         Record(
             "s", row.name, seed, {"bottleneck": row.bottleneck},
-            {"test/accuracy": value - lower, "twin/accuracy": value / 2, "test/concept_auroc": 0.5}, 1.0, "CPU", {}, world,
+            {"test/accuracy": value - lower, "twin/accuracy": value / 2, "test/concept_auroc": 0.5 + 1e-6 * seed}, 1.0, "CPU", {}, world,
         )
         for row in rows
         for world, lower in ((MAIN, 0.0), ("far", 0.2))
@@ -220,6 +221,12 @@ def test_the_table_holds_the_mean_and_spread_of_the_records() -> None:
     assert markdown(study, fewer, claim).splitlines()[2].endswith("| 35.0 ± 7.1 (n = 2) |")
     drawn = [text.get_text() for ax in plot_claim(study, records, claim).axes for text in ax.get_yticklabels()]
     assert drawn[:2] == ["a | b", "black box"]
+    controlled = replace(claim, columns=(("test/accuracy", "accuracy"), ("twin/accuracy", "its control")), better=())
+    (ax,) = plot_claim(study, records, controlled).axes
+    strokes = [np.asarray(line.get_xdata()).item() for line in ax.lines if line.get_marker() == "|"]
+    assert strokes == pytest.approx([100 * mean(values) / 2] * 2)
+    flat = plot_claim(study, records, replace(claim, columns=(("test/concept_auroc", "auroc"),))).axes[0].get_xlim()
+    assert flat == pytest.approx((49, 51), abs=0.2)  # no axis over differences that are none
     with pytest.raises(ValueError, match="no record yet"):
         plot_claim(study, [], claim)
 
