@@ -111,7 +111,8 @@ class Claim:
         name: Names the files.
         question: Heads the table.
         columns: Pairs of a figure and a heading. A figure is "[world:]split/name"; "a,b/name" or "a/x,b/y" puts two into a cell;
-            alternative names, of which the first that a record has is taken, are separated by "|".
+            alternative names, of which the first that a record has is taken, are separated by "|". A column headed "its control"
+            belongs to the one before it, and is drawn there.
         rows: Names of the rows shown; all by default.
         better: Which way is good, for each column "higher", "lower" or "none"; all "higher" by default.
         best: Of each method show only the trial with the highest mean of these figures, and how many there were; all rows by default.

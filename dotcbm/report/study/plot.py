@@ -16,9 +16,7 @@ __all__ = ["plot_claim"]
 
 _SPLIT_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito 2008
 _SPLIT_MARKS = ("o", "D", "s", "^")
-CONTROL = "its control"
-"""Heading of a column that is drawn into the panel of the column before it."""
-
+_CONTROL = "its control"
 _LABELS, _PANEL, _GAP, _LINE, _HEAD = 3.0, 1.75, 0.25, 0.27, 1.05  # inches
 _SPAN = 2.0  # an axis shows this much at least, in percent: less is no difference worth a look
 
@@ -88,7 +86,7 @@ def _panels(claim: Claim) -> list[tuple[int, int | None]]:
     """The columns that have a panel, each with the column headed "its control" that follows it, if any."""
     panels: list[tuple[int, int | None]] = []
     for number, (_, heading) in enumerate(claim.columns):
-        if heading == CONTROL and panels:
+        if heading == _CONTROL and panels:
             panels[-1] = (panels[-1][0], number)
         else:
             panels.append((number, None))
