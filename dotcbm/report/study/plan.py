@@ -304,6 +304,10 @@ def _check(study: Study, path: Path) -> None:
                 raise ValueError(f"{path}: claim {claim.name!r} asks for {figure!r}; the study has the worlds {list(study.worlds)}")
         if claim.within < 0 or ((claim.within or claim.prefer) and not claim.best):
             raise ValueError(f"{path}: claim {claim.name!r} has within {claim.within} and prefer; they choose near the best, by `best`")
+        numbers = {name for row in study.rows for name, v in {**row.settings, **row.task}.items() if isinstance(v, int | float)}
+        strange = sorted(set(claim.prefer) - numbers)
+        if strange:
+            raise ValueError(f"{path}: claim {claim.name!r} prefers {strange}; the numbers that rows set are {sorted(numbers)}")
         if claim.better and len(claim.better) != len(claim.columns):
             raise ValueError(f"{path}: claim {claim.name!r} has {len(claim.columns)} columns and {len(claim.better)} entries of better")
 
