@@ -196,6 +196,18 @@ def test_a_grid_is_a_row_for_each_trial_and_the_table_shows_the_best_of_each(tmp
         assert f"| DOT-CBM ({shown}) " in markdown(smaller, records, replace(claim, within=within, prefer=("dim",)))
 
 
+def test_trials_are_compared_on_the_seeds_that_all_of_them_have() -> None:
+    rows = (Row("CBM (l2 1)", "CBM", of="CBM"), Row("CBM (l2 2)", "CBM", of="CBM"))
+    study = Study("tiny", {}, seeds=(1, 2), rows=rows)
+    # Seed 2 is a hard split, and the second trial was not run on it yet.
+    runs = [(0, 1, 0.9), (0, 2, 0.3), (1, 1, 0.8)]
+    records = [Record("tiny", rows[i].name, seed, {"bottleneck": "CBM"}, {"val/accuracy": v}, 1.0, "CPU", {}) for i, seed, v in runs]
+    claim = Claim("tuning", "Which?", (("val/accuracy", "accuracy"),), best=("val/accuracy",))
+    assert markdown(study, records, claim).splitlines()[2:] == ["| CBM (l2 1) | 2 | 2 | 60.0 ± 42.4 |"]
+    # With no seed in common each is judged by its own.
+    assert markdown(study, [records[1], records[2]], claim).splitlines()[2:] == ["| CBM (l2 2) | 2 | 1 | 80.0 |"]
+
+
 def test_the_table_holds_the_mean_and_spread_of_the_records() -> None:
     rows = (Row("a | b", "CBM"), Row("black box", "LinearProbe"))
     study = Study("s", {MAIN: World({}, {}, {}, {}, 1), "far": World({}, {}, {}, {}, 1)}, (0, 1, 2), rows)

@@ -115,7 +115,8 @@ class Claim:
             belongs to the one before it, and is drawn there.
         rows: Names of the rows shown; all by default.
         better: Which way is good, for each column "higher", "lower" or "none"; all "higher" by default.
-        best: Of each method show only the trial with the highest mean of these figures, and how many there were; all rows by default.
+        best: Of each method show only the trial with the highest mean of these figures, over the seeds that all its trials have, and how
+            many there were; all rows by default.
         within: A trial whose mean is this much lower counts as good as the best.
         prefer: Settings. Of the trials that count as good as the best the one with the largest value is taken, of the first setting
             in which they differ: the strongest penalty, for instance, as in the one-standard-error rule (Breiman et al., 1984).

@@ -67,8 +67,16 @@ def shown_rows(study: Study, records: Sequence[Record], claim: Claim) -> list[tu
     if not claim.best:
         return [(row, 1) for row in rows]
 
+    by_method: dict[str, list[Row]] = {}
+    for row in rows:
+        by_method.setdefault(row.method, []).append(row)
+    seeds = {row.name: {record.seed for record in records if record.row == row.name} for row in rows}
+    # A seed can be a split of the data, harder than another: trials are compared on those that all of the method have.
+    common = {method: set.intersection(*(seeds[row.name] for row in trials)) for method, trials in by_method.items()}
+
     def score(row: Row) -> float:
-        each = [v for figure in claim.best for values in cell_values(study, records, row=row.name, figure=figure) for v in values]
+        runs = [record for record in records if record.seed in (common[row.method] or seeds[row.name])]
+        each = [v for figure in claim.best for values in cell_values(study, runs, row=row.name, figure=figure) for v in values]
         known = [value for value in each if not math.isnan(value)]
         return mean(known) if known else -math.inf
 
@@ -76,9 +84,6 @@ def shown_rows(study: Study, records: Sequence[Record], claim: Claim) -> list[tu
         settings = {**row.settings, **row.task}
         return (*(float(settings.get(name, 0)) for name in claim.prefer), score(row))
 
-    by_method: dict[str, list[Row]] = {}
-    for row in rows:
-        by_method.setdefault(row.method, []).append(row)
     shown: list[tuple[Row, int]] = []
     for trials in by_method.values():
         best = max(score(row) for row in trials)
