@@ -21,6 +21,7 @@ from dotcbm.structures import ConceptBatch, ConceptSet, PatchEncoder
 
 __all__ = ["ConceptDataModule"]
 
+_CARVED = ("train", "val")
 _VALIDATION = 0x7A1  # separates the draw of the validation part from the other uses of the seed
 
 
@@ -84,7 +85,7 @@ class ConceptDataModule(LightningDataModule):
         self.source = source
         self.batch_size = batch_size
         self.val_fraction = val_fraction
-        self.seed = seed
+        self._seed = seed
         self.num_workers = num_workers
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.views: tuple[View, ...] = tuple(views)
@@ -108,9 +109,26 @@ class ConceptDataModule(LightningDataModule):
         return self.source.concepts
 
     @property
+    def seed(self) -> int:
+        """Of the validation part, of orders and of views. Another one draws another validation part."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        if seed != self._seed and self._carves:
+            for held in (self._datasets, self._caches, self._rows):
+                for key in [key for key in held if (key if isinstance(key, str) else key[0]) in _CARVED]:
+                    del held[key]
+        self._seed = seed
+
+    @property
     def has_validation(self) -> bool:
         """Whether there is a validation split."""
         return "val" in self.source.splits or self.val_fraction > 0
+
+    @property
+    def _carves(self) -> bool:
+        return "val" not in self.source.splits and self.val_fraction > 0
 
     def use_encoder(self, encoder: PatchEncoder) -> None:
         """Set whose preprocessing, and if it is frozen whose features, the loaders give. Lightning's `setup` calls it."""
@@ -151,7 +169,7 @@ class ConceptDataModule(LightningDataModule):
             ValueError: An empty split, or a class without a training picture.
         """
         if split not in self._datasets:
-            if split in ("train", "val") and "val" not in self.source.splits and self.val_fraction > 0:
+            if split in _CARVED and self._carves:
                 self._datasets.update(self._carved())
             else:
                 self._datasets[split] = self._checked(self.source.load(split))

@@ -44,6 +44,28 @@ def test_validation_part_is_stratified_disjoint_and_decided_by_the_seed():
     assert module(val_fraction=0.2, seed=1).dataset("val").names != val.names
 
 
+def test_another_seed_carves_another_validation_part_with_its_own_features(encoder, tmp_path):
+    def seen(data, split):
+        return {name: feature for batch in data.loader(split) for name, feature in zip(batch.names, batch.features.patch_BND)}
+
+    settings = {"val_fraction": 0.2, "encoder": encoder, "in_memory": True, "cache_dir": tmp_path}
+    data = module(**settings)
+    first = {split: seen(data, split) for split in ("train", "val", "test")}
+    test_rows = data.dataset("test")
+    data.seed = 1
+    fresh = module(**settings, seed=1)
+    for split in ("train", "val"):
+        found, wanted = seen(data, split), seen(fresh, split)
+        assert found.keys() == wanted.keys() != first[split].keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert data.dataset("test") is test_rows
+    # Where nothing is carved out there is nothing to read again.
+    whole = module(val_fraction=0)
+    before = whole.dataset("train")
+    whole.seed = 1
+    assert whole.dataset("train") is before
+
+
 def test_the_part_carved_out_can_be_evaluated(encoder):
     data = module(val_fraction=0.2, encoder=encoder, evaluate_splits=["val"])
     (loader,) = data.test_dataloader()
