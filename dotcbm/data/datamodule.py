@@ -116,9 +116,9 @@ class ConceptDataModule(LightningDataModule):
     @seed.setter
     def seed(self, seed: int) -> None:
         if seed != self._seed and self._carves:
-            for held in (self._datasets, self._caches, self._rows):
-                for key in [key for key in held if (key if isinstance(key, str) else key[0]) in _CARVED]:
-                    del held[key]
+            self._datasets = {split: held for split, held in self._datasets.items() if split not in _CARVED}
+            self._caches = {key: held for key, held in self._caches.items() if key[0] not in _CARVED}
+            self._rows = {key: held for key, held in self._rows.items() if key[0] not in _CARVED}
         self._seed = seed
 
     @property
