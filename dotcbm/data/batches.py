@@ -19,16 +19,17 @@ from dotcbm.structures import ConceptBatch, ConceptSample, PatchFeatures, Prepro
 __all__ = ["VIEWS", "Annotations", "EpochSampler", "Row", "Rows", "View", "make_loader", "mix_seed", "prepare_view"]
 
 Annotations = Literal["all", "foreground", "labels"]
-View = Literal["plain", "flip", "coarse", "flip_coarse"]
+View = Literal["plain", "flip", "coarse", "flip_coarse", "swap", "flip_swap", "swap_coarse", "flip_swap_coarse"]
 VIEWS: tuple[View, ...] = get_args(View)
-"""How a picture can be shown: as it is, mirrored, with the detail of a small picture, or both."""
+"""How a picture can be shown: as it is, mirrored, with the detail of a small picture, on the background of a picture of another class
+("swap", see `dotcbm.data.swapped`), or several of these at once."""
 _AT_ONCE = 64  # pictures whose patches are in memory while they are averaged
 Row = tuple[int, int]
 """A row of a split and the number of the view it is shown in."""
 
 
 def prepare_view(sample: ConceptSample, *, preprocessing: Preprocessing, view: View) -> ConceptSample:
-    """`prepare_sample` for one of `VIEWS`."""
+    """`prepare_sample` for one of `VIEWS`. For one with another background the sample's picture must be on that already."""
     return prepare_sample(sample, preprocessing=preprocessing, flip="flip" in view, coarse="coarse" in view)
 
 
@@ -127,7 +128,12 @@ class Rows(Dataset[ConceptBatch]):
         skip_bad: Leave undecodable pictures out of their batch, with a warning, instead of raising.
         device: Where features in memory are kept and batches of them gathered: a GPU, if they leave half of its free memory to
             others, and main memory if not.
+
+        Raises:
+            ValueError: A view with another background and no caches.
         """
+        if caches is None and (swapped := [view for view in views if "swap" in view]):
+            raise ValueError(f"the view {swapped[0]!r} is read from cached features only; give the caches of {list(views)}")
         if annotations == "foreground":
             dataset = replace(dataset, read_part_masks=None)
         self.dataset = dataset

@@ -17,6 +17,7 @@ from dotcbm.data.batches import VIEWS, Annotations, Rows, View, make_loader, mix
 from dotcbm.data.features import FeatureCache, cache_features
 from dotcbm.data.loose_pictures import loose_pictures
 from dotcbm.data.source import ConceptDataset, ConceptSource
+from dotcbm.data.swapped import on_other_backgrounds
 from dotcbm.structures import ConceptBatch, ConceptSet, PatchEncoder
 
 __all__ = ["ConceptDataModule"]
@@ -59,7 +60,8 @@ class ConceptDataModule(LightningDataModule):
         num_workers: Processes that read batches.
         cache_dir: Where the features of frozen encoders lie; None runs the encoder in every step.
         views: How training pictures are shown, one drawn for each picture and epoch (see `dotcbm.data.batches.VIEWS`): ["plain"]
-                by default; ["plain", "flip"] mirrors every other one, "coarse" prepares for pictures of less detail.
+                by default; ["plain", "flip"] mirrors every other one, "coarse" prepares for pictures of less detail, "swap" shows what the
+                encoder takes for the foreground on the background of another class (with a cache of a frozen encoder only).
         evaluate_splits: What `test` evaluates; every split but "train" and "val" by default. "val" may be the part carved out.
         foreground_in_training: Read the object masks in training too, for bottlenecks whose patch prior is "external".
         in_memory: Keep features and masks, or without a cache the decoded pictures, in memory once they are read, in each process
@@ -141,7 +143,7 @@ class ConceptDataModule(LightningDataModule):
         """Read the splits of a stage, and cache their features.
 
         Raises:
-            ValueError: An empty split, or a class without a training picture.
+            ValueError: An empty split, a class without a training picture, or views that the encoder or the lack of a cache rules out.
             BadPictureError: A picture that cannot be decoded, when features are cached.
         """
         if self.trainer is not None and (encoder := getattr(self.trainer.lightning_module, "encoder", None)) is not None:
@@ -150,6 +152,8 @@ class ConceptDataModule(LightningDataModule):
         if stage == "predict":
             self._predicted = self._pictures_to_predict()
             return
+        if stage == "fit":
+            self._check_views(self.views)  # before hours of encoding
         wanted: list[tuple[str, tuple[View, ...]]] = []
         if stage in ("fit", "validate") and self.has_validation:
             wanted.append(("val", ("plain",)))
@@ -182,12 +186,17 @@ class ConceptDataModule(LightningDataModule):
             split: Its name.
             view: How the pictures are shown.
             device: Where to run the encoder if they must be computed; where it is by default.
+
+        Raises:
+            ValueError: A view with other backgrounds that the encoder or the lack of a cache rules out, or of a split with one class.
         """
+        self._check_views((view,))
         if not self.caches_features:
             return None
         if (split, view) not in self._caches:
+            plain = self.cache(split, device=device) if "swap" in view else None
             with _placed(self._known_encoder(), device):
-                self._caches[split, view] = self.cache_pictures(self.dataset(split), view=view)
+                self._caches[split, view] = self.cache_pictures(self.dataset(split), view=view, plain=plain)
         return self._caches[split, view]
 
     @property
@@ -196,21 +205,34 @@ class ConceptDataModule(LightningDataModule):
         return self.cache_dir is not None and not getattr(self._known_encoder(), "trainable", False)
 
     def cache_pictures(
-        self, dataset: ConceptDataset, *, view: View = "plain", progress: bool = True, advance: Callable[[int], None] | None = None
+        self,
+        dataset: ConceptDataset,
+        *,
+        view: View = "plain",
+        plain: FeatureCache | None = None,
+        progress: bool = True,
+        advance: Callable[[int], None] | None = None,
     ) -> FeatureCache:
         """The features of any pictures, from the cache folder or computed into it.
 
         Args:
             dataset: The pictures; its fingerprint must say all that they depend on.
             view: How they are shown.
+            plain: Their features in the plain view, by which a view with other backgrounds finds what is in front.
             progress, advance: See `cache_features`.
 
         Raises:
-            ValueError: `caches_features` is false.
+            ValueError: `caches_features` is false, or a view with other backgrounds without `plain`, with an encoder that does not
+                see whole pictures, or of one class only.
         """
+        self._check_views((view,))
         if self.cache_dir is None or not self.caches_features:
             raise ValueError("features are cached for frozen encoders and with a cache_dir only")
         encoder = self._known_encoder()
+        if "swap" in view:
+            if plain is None:
+                raise ValueError(f"the view {view!r} needs the plain features of the same pictures; give them as plain")
+            dataset = on_other_backgrounds(dataset, plain=plain)
         return cache_features(
             dataset,
             encoder=encoder,
@@ -297,6 +319,21 @@ class ConceptDataModule(LightningDataModule):
         positive_M, negative_M = (concept_NM == 1).sum(0).float(), (concept_NM == 0).sum(0).float()
         varies_M = (positive_M > 0) & (negative_M > 0)
         return torch.where(varies_M, negative_M / positive_M.clamp(min=1), 1.0)
+
+    def _check_views(self, views: tuple[View, ...]) -> None:
+        swapped = ", ".join(view for view in views if "swap" in view)
+        if not swapped:
+            return
+        if not self.caches_features:
+            raise ValueError(
+                f"views with other backgrounds ({swapped}) need cached features, by which they find what is in front; "
+                "set cache_dir and a frozen encoder, or leave the view out"
+            )
+        if (resize := self._known_encoder().preprocessing.resize) != "squash":
+            raise ValueError(
+                f"views with other backgrounds ({swapped}) need an encoder that sees the whole picture, and this one's resize is "
+                f"{resize!r}; set the encoder's resize to 'squash', or leave the view out"
+            )
 
     def _known_encoder(self) -> PatchEncoder:
         if self._encoder is None:
