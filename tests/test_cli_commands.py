@@ -23,14 +23,14 @@ from dotcbm.hub import save_pretrained
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.cbm import CBM
 from dotcbm.models.concept_model import ConceptModel
-from dotcbm.models.dot_cbm import DotCBM
 from dotcbm.models.linear_probe import LinearProbe
+from dotcbm.models.published_dot_cbm import PublishedDotCBM
 from dotcbm.structures import Problem
 
 SOURCE = Synthetic(size=64, num_train=4, num_val=1, num_test=4)
 
 
-def make_model(kind: type[Bottleneck] = DotCBM, **settings) -> ConceptModel:
+def make_model(kind: type[Bottleneck] = PublishedDotCBM, **settings) -> ConceptModel:
     torch.manual_seed(0)
     encoder = ImageEncoder("timm/test_vit", image_size=64, pretrained=False)
     return ConceptModel(encoder, kind(Problem(encoder.width, encoder.global_width, encoder.grid, SOURCE.concepts), **settings)).eval()
@@ -155,7 +155,7 @@ def test_predict_without_one_good_picture(model_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("kind", "settings", "outputs"),
     [
-        (DotCBM, {"dim": 8, "iterations": 2, "null_patch": 0.1}, ["concepts", "classes", "plan"]),
+        (PublishedDotCBM, {"dim": 8, "iterations": 2, "null_patch": 0.1}, ["concepts", "classes", "plan"]),
         (CBM, {}, ["concepts", "classes", "evidence"]),
         (LinearProbe, {}, ["concepts", "classes"]),
     ],
@@ -219,7 +219,7 @@ def test_export_with_the_wrong_suffix(capsys):
     [
         ("sources", ["CUB", "Synthetic", "Waterbirds", "Folder", "AwA2", "CIFAR"]),
         ("encoders", ["timm/<model>", "open_clip/<arch>", "local-dir:<path>"]),
-        ("models", ["DotCBM", "DotProduct", "CBM", "LinearProbe"]),
+        ("models", ["PublishedDotCBM", "DotProduct", "CBM", "LinearProbe"]),
         ("configs", ["first.yaml", "what it is for", "demo.yaml"]),
         ("metrics", ["concepts.concept_auroc", "localization.pointing_in_mask"]),
     ],

@@ -304,7 +304,11 @@ def test_a_full_disk_while_the_model_is_saved(home, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("class_path: DotCBM", "class_path: DotCMB", "line 9: model.bottleneck: there is no class 'DotCMB'; did you mean DotCBM?"),
+        (
+            "class_path: PublishedDotCBM",
+            "class_path: DotCMB",
+            "line 9: model.bottleneck: there is no class 'DotCMB'; did you mean DotCBM?",
+        ),
         ("class_path: Synthetic", "class_path: Sinthetic", "line 17: data.source: there is no class 'Sinthetic'; did you mean Synthetic?"),
         ("dim: 16", "dimm: 16", "line 11: model.bottleneck: there is no option 'dimm'; did you mean dim?"),
         ("size: 64\n      num", "siz: 64\n      num", "line 19: data.source: there is no option 'siz'; did you mean size?"),

@@ -20,9 +20,9 @@ from dotcbm.hub import CardInfo, from_pretrained, save_pretrained
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.cbm import CBM
 from dotcbm.models.concept_model import ConceptModel
-from dotcbm.models.dot_cbm import DotCBM
 from dotcbm.models.dot_product import DotProduct
 from dotcbm.models.linear_probe import LinearProbe
+from dotcbm.models.published_dot_cbm import PublishedDotCBM
 from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
 
 SOURCE = Synthetic(size=64, num_train=8, num_val=4, num_test=4)
@@ -53,7 +53,7 @@ def make_problem(encoder: ImageEncoder, *, text: bool = False) -> Problem:
     return Problem(encoder.width, encoder.global_width, encoder.grid, SOURCE.concepts, torch.randn(m, 12) if text else None, torch.rand(m))
 
 
-def make_model(kind: type[Bottleneck] = DotCBM, *, trainable: bool = False, text: bool = False, **settings) -> ConceptModel:
+def make_model(kind: type[Bottleneck] = PublishedDotCBM, *, trainable: bool = False, text: bool = False, **settings) -> ConceptModel:
     encoder = make_encoder(trainable=trainable)
     return ConceptModel(encoder, kind(make_problem(encoder, text=text), **settings))
 
@@ -77,8 +77,8 @@ def change_config(folder: Path, change) -> None:
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        (DotCBM, {"dim": 16, "iterations": 3, "concept_prior": "frequency"}),
-        (DotCBM, {"dim": 16, "iterations": 3, "null_patch": 0.2, "readout": "cosine"}),
+        (PublishedDotCBM, {"dim": 16, "iterations": 3, "concept_prior": "frequency"}),
+        (PublishedDotCBM, {"dim": 16, "iterations": 3, "null_patch": 0.2, "readout": "cosine"}),
         (DotProduct, {"dim": 16, "pooling": "softmax"}),
         (CBM, {"dropout": 0.1}),
         (LinearProbe, {}),

@@ -19,7 +19,7 @@ from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.data.synthetic import Synthetic
 from dotcbm.encoders.image import ImageEncoder
 from dotcbm.hub import save_pretrained
-from dotcbm.models.dot_cbm import DotCBM
+from dotcbm.models.published_dot_cbm import PublishedDotCBM
 from dotcbm.report.record_file import read_record
 from dotcbm.training.task import ConceptTask
 
@@ -39,7 +39,9 @@ PROMISES = {
     "heatmaps": Promise(7, ("of the classes right", "always saying no", "strength of the features", "95 % interval", "without the box")),
     "intervene": Promise(9, ("in truth", "speaks for", "without", "no weight on", "control: another class's concepts", "area")),
     "read_an_audit": Promise(1, ("rule:", "control (", "the record says:", "the record says (parts/", "could not be measured", "written:")),
-    "compare_models": Promise(3, ("DotCBM and CBM", "(paired)", "McNemar p =", "concepts in AUROC differ beyond chance", "written:")),
+    "compare_models": Promise(
+        3, ("PublishedDotCBM and CBM", "(paired)", "McNemar p =", "concepts in AUROC differ beyond chance", "written:")
+    ),
 }
 
 
@@ -49,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     encoder = ImageEncoder("timm/test_resnet", image_size=64, layer=2, pretrained=False, trainable=True)
     data = ConceptDataModule(SOURCE, batch_size=32, cache_dir=None)
-    task = ConceptTask(encoder, partial(DotCBM, dim=32, adapter="linear", iterations=5), lr=1e-2)
+    task = ConceptTask(encoder, partial(PublishedDotCBM, dim=32, adapter="linear", iterations=5), lr=1e-2)
     trainer = pl.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.fit(task, datamodule=data)
     folder = tmp_path_factory.mktemp("run")
@@ -120,8 +122,8 @@ def test_audit_is_read_where_there_is_one(run: Path):
 def test_model_compared_with_itself_turns_no_picture(run: Path, start: pytest.MonkeyPatch):
     start.setenv("DOTCBM_OTHER", str(run))
     printed, _ = executed("compare_models")
-    assert "DotCBM 1 and DotCBM 2" in printed
-    assert "DotCBM 2: 0 pictures right only here, 0 wrong only here" in printed
+    assert "PublishedDotCBM 1 and PublishedDotCBM 2" in printed
+    assert "PublishedDotCBM 2: 0 pictures right only here, 0 wrong only here" in printed
     assert "0.0 [0.0 to 0.0] (paired)" in printed
 
 

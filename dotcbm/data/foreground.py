@@ -13,9 +13,11 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from dotcbm.transport.priors import neighbour_mean
+
 __all__ = ["predicted_foregrounds"]
 
-_CUT = 0.5  # deviations above a picture's mean from which a place counts as foreground; ours
+_CUT = 0.8  # deviations above a picture's mean from which a place counts as foreground; of 0.3 to 1.4 among the best on birds (IoU 0.47)
 _FLAT = 1e-6  # share of the mean: norms that deviate less differ by rounding alone
 
 
@@ -23,7 +25,7 @@ def predicted_foregrounds(norm_BN: Tensor, *, grid: tuple[int, int], sizes: Sequ
     """Where pictures show what stands out to an encoder.
 
     The norms are averaged over 3 x 3 neighbouring patches (at an edge over those that exist), standardised in the picture,
-    upsampled bicubically to the picture's size and cut at half a deviation; at the median where that leaves nothing or all.
+    upsampled bicubically to the picture's size and cut at 0.8 deviations; at the median where that leaves nothing or all.
 
     Args:
         norm_BN: (B, N) norms of the patch features, not negative. The grid covers the whole picture.
@@ -40,8 +42,7 @@ def predicted_foregrounds(norm_BN: Tensor, *, grid: tuple[int, int], sizes: Sequ
         raise ValueError(f"the norms are {tuple(norm_BN.shape)}; expected (B, {grid[0] * grid[1]}) for the grid {grid}")
     if len(sizes) != len(norm_BN):
         raise ValueError(f"there are norms of {len(norm_BN)} pictures and sizes of {len(sizes)}; give one size for each picture")
-    norm_B1hw = norm_BN.double().view(-1, 1, *grid)
-    smooth_BN = F.avg_pool2d(norm_B1hw, 3, stride=1, padding=1, count_include_pad=False).flatten(1)
+    smooth_BN = neighbour_mean(norm_BN.double(), grid, side=3)
     mean_B, deviation_B = smooth_BN.mean(1), smooth_BN.std(1, correction=0)
     masks: list[Tensor | None] = []
     for smooth_N, mean, deviation, size in zip(smooth_BN, mean_B, deviation_B, sizes, strict=True):

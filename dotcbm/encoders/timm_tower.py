@@ -74,6 +74,27 @@ class TimmTower(nn.Module):
         map_BDHW, prefix_BPD = found if isinstance(found, tuple) else (found, None)
         return self._of_map(map_BDHW, prefix_BPD)
 
+    def early_layers(self, strides: tuple[int, ...]) -> tuple[int, ...]:
+        """Numbers of the stages with these strides (pixels a patch) before the one whose features are given; of a transformer, whose
+        blocks all have one stride, the blocks at a quarter and at half of its depth. Empty where the model tells of none.
+        """
+        if not hasattr(self.model, "forward_intermediates"):
+            return ()
+        if self.is_transformer:
+            depth = len(blocks) if isinstance(blocks := getattr(self.model, "blocks", None), nn.Sequential | nn.ModuleList) else 0
+            last = depth - 1 if self.layer is None else self.layer % depth if depth else 0
+            return tuple(sorted({depth // 4, depth // 2} & set(range(last))))
+        stages = getattr(self.model, "feature_info", None) or []
+        reductions = [int(stage["reduction"]) for stage in stages] if isinstance(stages, list) else list(stages.reduction())
+        last = len(reductions) - 1 if self.layer is None else self.layer % len(reductions) if reductions else 0
+        return tuple(i for i, stride in enumerate(reductions[:last]) if stride in strides)
+
+    def intermediates(self, image_B3HW: Tensor, layers: tuple[int, ...]) -> list[Tensor]:
+        """(B, L, h, w) features of several stages or blocks, each with its own width and size."""
+        return self.model.forward_intermediates(  # pyright: ignore[reportCallIssue]
+            image_B3HW, indices=list(layers), stop_early=True, intermediates_only=True, output_fmt="NCHW"
+        )
+
     def split(self, features: Tensor, *, size: tuple[int, int]) -> PatchFeatures:
         """What the model's `forward_features` gave for pictures of (height, width) `size`, as patches and a global token.
 

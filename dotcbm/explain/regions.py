@@ -28,9 +28,8 @@ from dotcbm.explain.naming import evaluating
 from dotcbm.metrics.faithfulness import cover
 from dotcbm.models.concept_model import ConceptModel, Picture, read_any
 from dotcbm.models.dot_cbm import DotCBM
+from dotcbm.models.published_dot_cbm import PublishedDotCBM
 from dotcbm.structures import ConceptOutput, PatchFeatures
-from dotcbm.transport.cost import add_null, cosine_similarity
-from dotcbm.transport.sinkhorn import sinkhorn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -191,7 +190,7 @@ def mute_region(
     chosen = how or _natural(bottleneck, before)
     if chosen not in get_args(Muting):
         raise ValueError(f"there is no way {chosen!r} to mute a region; choose one of {list(get_args(Muting))}")
-    if chosen == "transport" and not isinstance(bottleneck, DotCBM):
+    if chosen == "transport" and not isinstance(bottleneck, DotCBM | PublishedDotCBM):
         raise ValueError(f"{type(bottleneck).__name__} transports nothing; mute the region's 'evidence' or cover the 'picture'")
     if chosen == "evidence" and before.evidence_MHW is None:
         raise ValueError(f"the logits of {type(bottleneck).__name__} are no sums over patches; cover the 'picture' instead")
@@ -207,7 +206,7 @@ def mute_region(
             if chosen == "evidence":
                 output = _without_evidence(model, output, keep_N)
             else:
-                assert isinstance(bottleneck, DotCBM)
+                assert isinstance(bottleneck, DotCBM | PublishedDotCBM)
                 output = _without_mass(bottleneck, features, output, keep_N)
     output = output.to("cpu")
     kind = natural_view(output)
@@ -220,7 +219,7 @@ def mute_region(
 
 
 def _natural(bottleneck: object, explanation: Explanation) -> Muting:
-    if isinstance(bottleneck, DotCBM):
+    if isinstance(bottleneck, DotCBM | PublishedDotCBM):
         return "transport"
     return "picture" if explanation.evidence_MHW is None else "evidence"
 
@@ -238,57 +237,22 @@ def _without_evidence(model: ConceptModel, output: ConceptOutput, keep_N: Tensor
     )
 
 
-def _without_mass(bottleneck: DotCBM, features: PatchFeatures, output: ConceptOutput, keep_N: Tensor) -> ConceptOutput:
-    """`DotCBM.forward` with another patch prior."""
-    features = features.to(dtype=bottleneck.head.weight.dtype)
-    adapted_BND = bottleneck.patch_adapter(features.patch_BND)
-    cosine_BNM = cosine_similarity(adapted_BND, bottleneck.concept())
-    num_patches, num_concepts = cosine_BNM.shape[1:]
+def _without_mass(bottleneck: DotCBM | PublishedDotCBM, features: PatchFeatures, output: ConceptOutput, keep_N: Tensor) -> ConceptOutput:
+    """The forward pass with another patch prior; where nothing is left to be transported, without any evidence."""
     assert output.theta_BN is not None
-    assert output.gamma_BM is not None
     theta_BN = output.theta_BN * keep_N
     mass = float(theta_BN.sum())
-    residual_B = output.residual_B
     if mass > 0:
-        theta_BN = theta_BN / mass
-        # The prior's gamma, not the output's: the plan's share of the null concept is taken from both.
-        cost, theta, gamma = 1 - cosine_BNM, theta_BN, bottleneck.gamma_M.expand(len(theta_BN), -1)
-        if bottleneck.null_cost is not None:
-            cost, theta, gamma = add_null(
-                cost,
-                theta,
-                gamma,
-                null_concept_mass=bottleneck.null_concept,
-                null_patch_mass=bottleneck.null_patch,
-                null_cost=bottleneck.null_cost,
-            )
-        transport = sinkhorn(
-            cost,
-            theta,
-            gamma,
-            eps=bottleneck.eps,
-            max_iter=bottleneck.iterations,
-            tol=None,
-            solver=bottleneck.solver,
-            relax_patch=bottleneck.relax_patch,
-            relax_concept=bottleneck.relax_concept,
-            check=False,
-        )
-        plan_BNM, residual_B = transport.plan_BNM[:, :num_patches, :num_concepts], transport.residual_B
-    else:  # nothing is left to be transported
-        plan_BNM = torch.zeros_like(cosine_BNM)
-    logit_BM, evidence_BNM = bottleneck.readout(
-        plan_BNM / output.gamma_BM[:, None].clamp(min=1e-12),  # as the bottleneck does
-        cosine_BNM=cosine_BNM,
-        feature_BND=features.patch_BND if bottleneck.value_on == "encoder" else adapted_BND,
-        mass_BM=output.gamma_BM,
-    )
+        return bottleneck.transported(features, theta_BN / mass)
+    evidence_BNM = output.evidence_BNM
+    if evidence_BNM is None:
+        raise ValueError("the box holds all that is transported; the printed readout says nothing of an empty plan; choose a smaller one")
+    logit_BM = output.concept_logit_BM - evidence_BNM.sum(1)
     return replace(
         output,
         concept_logit_BM=logit_BM,
         class_logit_BK=bottleneck.classify(logit_BM),
-        evidence_BNM=evidence_BNM,
-        plan_BNM=plan_BNM,
+        evidence_BNM=torch.zeros_like(evidence_BNM),
+        plan_BNM=torch.zeros_like(evidence_BNM),
         theta_BN=theta_BN,
-        residual_B=residual_B,
     )

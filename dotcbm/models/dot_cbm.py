@@ -1,223 +1,251 @@
-"""DOT-CBM: concepts read from patches by entropic optimal transport.
+"""DOT-CBM: concepts read from the patches that optimal transport sends to their part of the object.
 
-Xie et al., "Discovering Fine-Grained Visual-Concept Relations by Disentangled Optimal Transport Concept Bottleneck Models",
-CVPR 2025 (arXiv 2505.07209). Patches and concepts are adapted into one space; the plan that moves the patches' mass theta
-onto the concepts' mass gamma at least cosine cost, with entropy eps, says which concept is read from which patch.
+After Xie et al., "Discovering Fine-Grained Visual-Concept Relations by Disentangled Optimal Transport Concept Bottleneck Models",
+CVPR 2025 (arXiv 2505.07209). Patches are transported onto *parts*, and concepts read what arrived at the part that they speak of:
 
-Departures from the paper, each with its reason:
+    theta_i   = softmax_i(saliency_i / patch_temperature)    patch prior: norms of the features, averaged over 3 x 3 patches
+    plan_ic   = transport of theta onto C parts at the cost 1 - cos(patch_i, part_c), entropy eps, and every part the same mass
+    seen_ig   = sum_c share_gc C plan_ic                     what a group of concepts ("bill shape") looks at; sums to 1 over the patches
+    x_gd      = sum_i seen_ig |f_id|^(p-1) f_id / sum_i seen_ig |f_id|^(p-1)
+    logit_j   = w_j . (x_g(j) - mean) / scale + b_j
 
-1. Readout. The printed score (equation 12) cannot leave sigmoid(1) by more than 2 gamma_j / N; see `dotcbm.models.readout`.
-   Default: `value`; `paper` stays selectable.
-2. gamma. As printed (17, 18) it sums to M - 1; renormalised (`eq18`) it is uniform within 1 %. See `dotcbm.transport.priors`.
-3. theta. As printed (4, 16), the softmax of raw dot products saturates on one patch; here the saliency is standardised,
-   has a temperature and a uniform floor, and is the patch's feature norm by default: with pooled features in place of a
-   CLS token, the cosine to them points at the background as often as not.
-4. Orthogonality. As printed (6, 7) it rewards negative cosines; see `dotcbm.losses.orthogonality`.
-5. Mass. Balanced transport gives every concept its mass in every picture, present or not, and makes every patch give all
-   of its own. A null concept and a null patch take the share that has no counterpart; unbalanced transport is the other way.
-6. eps and the number of iterations are not in the paper: settings here, and the residual is reported.
+The parts are found before the training, without part labels (`dotcbm.models.parts`). The last two lines weigh a channel by where in
+the part it is active (a Lehmer mean). The logit is a sum over patches and channels, so what a patch adds to it is exact.
+
+Departures from the paper, each with its reason; the rows are those of reports/winning.md. `PublishedDotCBM` is the printed form.
+
+1. Parts between patches and concepts, in place of a column for each concept. Class-level labels say of each concept only in which
+   pictures it is, and any place on the object serves to tell classes: no head trained on them pointed better than its prior alone. Rows
+   "patches to concepts", "parts at random".
+2. The prior is the smoothed norm. The longest feature lies at the object's rim as often as inside; the mean over neighbours does not.
+   Row "prior not smoothed".
+3. The patches' side of the transport is free by default (`relax_patch` 0): theta is then a reference measure, a part may find its
+   place where others find theirs, and the plan is known in closed form. None is the paper's balanced plan, a positive number the KL
+   penalty between the two. Rows "balanced", "relaxed".
+4. Readout: a linear value on what the encoder says of the part, weighted by activity. The printed score cannot leave sigmoid(1) (see
+   `dotcbm.models.readout`). Row "mean within the part".
+5. No adapters, no concept embeddings, no orthogonality losses: nothing is left for them to do. With 30 pictures a class a
+   linear value with a penalty on its squares reads more than adapters do.
+6. The class head reads logits, which keep how sure a concept is. Row "head on probabilities".
+7. gamma is uniform over the parts; equations 17 and 18 are about concepts.
 """
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor, nn
 
-from dotcbm.losses import OrthogonalityForm, orthogonality
-from dotcbm.models.adapters import AdapterKind, make_adapter
 from dotcbm.models.base import Bottleneck
-from dotcbm.models.concept_embedding import ConceptEmbedding
-from dotcbm.models.readout import BiasStart, Readout, ReadoutKind, ValueOn
+from dotcbm.models.parts import Parts, group_shares
+from dotcbm.models.readout import frequency_logit
 from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
-from dotcbm.transport.cost import add_null, cosine_similarity
-from dotcbm.transport.priors import ConceptPrior, PatchPrior, concept_prior, patch_prior
-from dotcbm.transport.sinkhorn import Solver, sinkhorn
+from dotcbm.transport.cost import cosine_cost
+from dotcbm.transport.priors import patch_prior
+from dotcbm.transport.sinkhorn import sinkhorn
 
-__all__ = ["DotCBM"]
+__all__ = ["DotCBM", "HeadOn"]
 
-
-def _gamma(problem: Problem, kind: ConceptPrior, *, temperature: float) -> Tensor:
-    return concept_prior(kind, problem.concepts, temperature=temperature, frequency_M=problem.concept_frequency_M)
+HeadOn = Literal["probability", "logit"]
 
 
 class DotCBM(Bottleneck):
-    """Adapters, cosine cost, transport plan, readout, linear head."""
+    """Patches to found parts, parts to concepts, concepts to classes."""
 
-    gamma_M: Tensor
+    centre_D: Tensor
+    basis_DE: Tensor
+    part_CE: Tensor
+    share_GC: Tensor
+    mean_GD: Tensor
+    scale_GD: Tensor
+    group_M: Tensor
+    found: Tensor
 
     def __init__(
         self,
         problem: Problem,
         *,
-        dim: int = 256,
-        adapter: AdapterKind = "mlp",
-        dropout: float = 0.4,
-        patch_prior: PatchPrior = "norm",
-        patch_temperature: float = 0.5,
-        patch_floor: float = 0.0,
-        concept_prior: ConceptPrior = "uniform",
-        concept_temperature: float = 1.0,
-        null_concept: float = 0.5,
-        null_patch: float = 0.0,
-        null_cost: float = 1.0,
-        eps: float = 0.1,
-        iterations: int = 30,
-        relax_patch: float | None = None,
-        relax_concept: float | None = None,
-        solver: Solver = "torch",
-        readout: ReadoutKind = "value",
-        value_on: ValueOn = "encoder",
-        readout_scale: float = 10.0,
-        readout_bias: BiasStart = "zero",
-        orthogonality_form: OrthogonalityForm = "squared",
+        num_parts: int = 12,
+        num_clusterings: int = 8,
+        part_width: int = 64,
+        patch_temperature: float = 0.25,
+        patch_smoothing: int = 3,
+        eps: float = 0.2,
+        relax_patch: float | None = 0.0,
+        iterations: int = 50,
+        power: float = 2.0,
+        l2: float = 0.1,
+        head_on: HeadOn = "logit",
     ) -> None:
         """Args:
         problem: What the data and the encoder fix.
-        dim: Width D of the shared space.
-        adapter: See `make_adapter`; the paper's is "mlp".
-        dropout: In the adapters.
-        patch_prior: Where theta comes from; see `dotcbm.transport.priors.patch_prior`.
-        patch_temperature: Of theta's softmax, on standardised saliency; smaller is sharper.
-        patch_floor: Share of theta that is uniform.
-        concept_prior: Where gamma comes from; see `dotcbm.transport.priors.concept_prior`.
-        concept_temperature: Of gamma's softmax.
-        null_concept: Share of the patches' mass that need not go to any concept, in [0, 1).
-        null_patch: Share of the concepts' mass that need not come from any patch, in [0, 1).
-        null_cost: Cost of both at the start; learned from there. 1 is the cost of an orthogonal pair.
-        eps: Entropy of the plan, on costs in [0, 2].
-        iterations: Sinkhorn passes. A fixed count, so that training, export and every batch size do the same arithmetic;
-            the residual it leaves is in the output.
-        relax_patch: Strength of the KL term that replaces theta as a constraint; None keeps it exact.
-        relax_concept: The same for gamma.
-        solver: See `sinkhorn`.
-        readout: See `dotcbm.models.readout`.
-        value_on: What the value readout reads: the encoder's features or the adapted ones.
-        readout_scale: Of the cosine readout's alpha at the start.
-        readout_bias: Where the readout's biases start.
-        orthogonality_form: See `dotcbm.losses.orthogonality`.
+        num_parts: Parts of one clustering of the patches.
+        num_clusterings: Clusterings, whose parts stand side by side: C = num_parts * num_clusterings. One alone is a matter of luck.
+        part_width: Width E of the space in which patches and parts are compared; at most the encoder's.
+        patch_temperature: Of the patch prior's softmax, on standardised saliency; smaller keeps the maps to the object's middle.
+        patch_smoothing: Side, odd, of the square of patches over which the saliency is averaged; 1 for no averaging.
+        eps: Entropy of the plan, on costs in [0, 2]; smaller tells parts apart more sharply.
+        relax_patch: Strength of the KL term that holds the plan's patch marginal to theta: 0 leaves it free, None makes it exact.
+        iterations: Sinkhorn passes; without effect where relax_patch is 0.
+        power: Of the Lehmer mean; 1 is the plain mean over the part.
+        l2: Strength of the penalty l2 / 2 times the mean over concepts of the squared norm of their weights.
+        head_on: What the class head reads. Logits carry more than the concepts' presence: better accuracy, more leakage.
 
         Raises:
-            ValueError: A share outside [0, 1), eps or iterations not positive.
+            ValueError: A setting out of range.
         """
         super().__init__(
             problem,
             settings={
-                "dim": dim,
-                "adapter": adapter,
-                "dropout": dropout,
-                "patch_prior": patch_prior,
+                "num_parts": num_parts,
+                "num_clusterings": num_clusterings,
+                "part_width": part_width,
                 "patch_temperature": patch_temperature,
-                "patch_floor": patch_floor,
-                "concept_prior": concept_prior,
-                "concept_temperature": concept_temperature,
-                "null_concept": null_concept,
-                "null_patch": null_patch,
-                "null_cost": null_cost,
+                "patch_smoothing": patch_smoothing,
                 "eps": eps,
-                "iterations": iterations,
                 "relax_patch": relax_patch,
-                "relax_concept": relax_concept,
-                "solver": solver,
-                "readout": readout,
-                "value_on": value_on,
-                "readout_scale": readout_scale,
-                "readout_bias": readout_bias,
-                "orthogonality_form": orthogonality_form,
+                "iterations": iterations,
+                "power": power,
+                "l2": l2,
+                "head_on": head_on,
             },
         )
-        for name, share in (("null_concept", null_concept), ("null_patch", null_patch)):
-            if not 0 <= share < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {share}: it is the share of mass that finds no counterpart")
-        if eps <= 0 or iterations < 1:
-            raise ValueError(f"eps and iterations must be positive, got eps={eps} and iterations={iterations}")
-        num_concepts = problem.concepts.num_concepts
-        self.patch_prior: PatchPrior = patch_prior
-        self.patch_temperature = patch_temperature
-        self.patch_floor = patch_floor
-        self.null_concept = null_concept
-        self.null_patch = null_patch
-        self.eps = eps
-        self.iterations = iterations
-        self.relax_patch = relax_patch
-        self.relax_concept = relax_concept
-        self.solver: Solver = solver
-        self.value_on: ValueOn = value_on
-        self.orthogonality_form: OrthogonalityForm = orthogonality_form
-        self.patch_adapter = make_adapter(adapter, width_in=problem.patch_width, width_out=dim, dropout=dropout)
-        self.concept = ConceptEmbedding(problem, dim=dim, adapter=adapter, dropout=dropout)
-        # `concept_prior` the setting hides the function of that name here.
-        self.register_buffer("gamma_M", _gamma(problem, concept_prior, temperature=concept_temperature))
-        self.null_cost = nn.Parameter(torch.tensor(float(null_cost))) if null_concept or null_patch else None
-        self.readout = Readout(
-            readout,
-            problem,
-            width=problem.patch_width if value_on == "encoder" else dim,
-            scale=readout_scale,
-            bias=readout_bias,
-        )
+        for name, value in (("num_parts", num_parts), ("num_clusterings", num_clusterings), ("part_width", part_width)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; give 1 or more")
+        if power < 1:
+            raise ValueError(f"power is {power}; below 1 the mean would dwell on the patches in which a channel is silent")
+        if l2 < 0:
+            raise ValueError(f"l2 is {l2}; a penalty is not negative")
+        if head_on not in get_args(HeadOn):
+            raise ValueError(f"head_on is {head_on!r}; choose one of {list(get_args(HeadOn))}")
+        self.num_parts, self.num_clusterings = num_parts, num_clusterings
+        self.patch_temperature, self.patch_smoothing = patch_temperature, patch_smoothing
+        self.eps, self.relax_patch, self.iterations = eps, relax_patch, iterations
+        self.power, self.l2 = power, l2
+        self.head_on: HeadOn = head_on
+        num_concepts, width = problem.concepts.num_concepts, problem.patch_width
+        num_all, part_width = num_parts * num_clusterings, min(part_width, width)
+        group_M = problem.concepts.group_index_M()
+        num_groups = int(group_M.max()) + 1
+        self.register_buffer("group_M", group_M)
+        self.register_buffer("centre_D", torch.zeros(width))
+        self.register_buffer("basis_DE", torch.eye(width, part_width))
+        self.register_buffer("part_CE", torch.zeros(num_all, part_width))
+        self.register_buffer("share_GC", torch.full((num_groups, num_all), 1 / num_all))
+        self.register_buffer("mean_GD", torch.zeros(num_groups, width))
+        self.register_buffer("scale_GD", torch.ones(num_groups, width))
+        self.register_buffer("found", torch.tensor(False))
+        self.concept = nn.Linear(width, num_concepts)
+        nn.init.zeros_(self.concept.weight)  # a convex problem: nothing is gained by chance
+        with torch.no_grad():
+            self.concept.bias.copy_(frequency_logit(problem))
         self.head = nn.Linear(num_concepts, problem.concepts.num_classes)
 
-    def forward(self, features: PatchFeatures) -> ConceptOutput:
-        """See `Bottleneck.forward`."""
-        dtype = self.head.weight.dtype
-        features = features.to(dtype=dtype)
-        patch_BND = features.patch_BND
-        adapted_BND = self.patch_adapter(patch_BND)
-        concept_MD = self.concept()
-        cosine_BNM = cosine_similarity(adapted_BND, concept_MD)
-        theta_BN = patch_prior(
-            self.patch_prior,
-            features,
-            temperature=self.patch_temperature,
-            floor=self.patch_floor,
-            external_BN=features.saliency_BN if self.patch_prior == "external" else None,
-        )
-        num_patches, num_concepts = cosine_BNM.shape[1:]
-        cost, theta, gamma = 1 - cosine_BNM, theta_BN, self.gamma_M.expand(patch_BND.shape[0], -1)
-        if self.null_cost is not None:
-            cost, theta, gamma = add_null(
-                cost,
-                theta,
-                gamma,
-                null_concept_mass=self.null_concept,
-                null_patch_mass=self.null_patch,
-                null_cost=self.null_cost,
-            )
+    @torch.no_grad()
+    def set_parts(self, parts: Parts) -> None:
+        """Look for these parts from now on. Call `set_scale` next: what the weights read has changed.
+
+        Raises:
+            ValueError: Parts of another encoder, of other settings, or of other groups of concepts.
+        """
+        for name, value in (("centre_D", parts.centre_D), ("basis_DE", parts.basis_DE), ("part_CE", parts.part_CE)):
+            own = getattr(self, name)
+            if own.shape != value.shape:
+                raise ValueError(f"the parts' {name} has shape {tuple(value.shape)}; this bottleneck needs {tuple(own.shape)}")
+            own.copy_(value)
+        share_GC = group_shares(parts.score_GC, num_clusterings=self.num_clusterings)
+        if share_GC.shape != self.share_GC.shape:
+            raise ValueError(f"the parts serve {len(share_GC)} groups of concepts; there are {len(self.share_GC)}")
+        self.share_GC.copy_(share_GC)
+        self.found.fill_(True)
+
+    @torch.no_grad()
+    def set_scale(self, mean_GD: Tensor, deviation_GD: Tensor) -> None:
+        """Take the mean and deviation over the training pictures of what each group reads (`read`).
+
+        Features are divided by the root of their deviation (in units of its mean over the features), so that the penalty trusts those
+        that hardly vary less than others.
+        """
+        mean_deviation_G1 = deviation_GD.mean(1, keepdim=True).clamp(min=1e-6)
+        self.mean_GD.copy_(mean_GD)
+        self.scale_GD.copy_((deviation_GD.clamp(min=1e-3 * mean_deviation_G1) * mean_deviation_G1).sqrt())
+
+    def prior(self, features: PatchFeatures) -> Tensor:
+        """(B, N) theta."""
+        return patch_prior("norm", features, temperature=self.patch_temperature, floor=0.0, smoothing=self.patch_smoothing)
+
+    def look(self, patch_BND: Tensor, theta_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, G) where each group of concepts looks, columns summing to 1, and (B,) the residual of the transport.
+
+        Args:
+            patch_BND: The encoder's patches.
+            theta_BN: (B, N) sums to 1.
+        """
+        cost_BNC = cosine_cost((patch_BND - self.centre_D) @ self.basis_DE, self.part_CE)
+        num_parts = len(self.part_CE)
         transport = sinkhorn(
-            cost,
-            theta,
-            gamma,
+            cost_BNC,
+            theta_BN,
+            theta_BN.new_full((num_parts,), 1 / num_parts),
             eps=self.eps,
             max_iter=self.iterations,
             tol=None,
-            solver=self.solver,
             relax_patch=self.relax_patch,
-            relax_concept=self.relax_concept,
             check=False,
         )
-        plan_BNM = transport.plan_BNM[:, :num_patches, :num_concepts]
-        # Balanced columns sum to gamma; relaxed ones keep gamma as the yardstick, so that a concept that attracts little mass scores low.
-        mass_BM = gamma[:, :num_concepts]
-        weight_BNM = plan_BNM / mass_BM[:, None, :].clamp(min=1e-12)
-        logit_BM, evidence_BNM = self.readout(
-            weight_BNM,
-            cosine_BNM=cosine_BNM,
-            feature_BND=patch_BND if self.value_on == "encoder" else adapted_BND,
-            mass_BM=mass_BM,
-        )
+        plan_BNC = transport.plan_BNM / transport.plan_BNM.sum(1, keepdim=True).clamp(min=1e-12)
+        return plan_BNC @ self.share_GC.T, transport.residual_B
+
+    def read(self, patch_BND: Tensor, seen_BNG: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, G, D) Lehmer means of the patches that each group looks at, and (B, G, D) their denominators."""
+        active_BND = patch_BND.abs() ** (self.power - 1)
+        look_BGN = seen_BNG.transpose(1, 2)
+        below_BGD = (look_BGN @ active_BND).clamp(min=1e-6)
+        return look_BGN @ (active_BND * patch_BND) / below_BGD, below_BGD
+
+    def forward(self, features: PatchFeatures) -> ConceptOutput:
+        """See `Bottleneck.forward`."""
+        return self.transported(features, self.prior(features))
+
+    def transported(self, features: PatchFeatures, theta_BN: Tensor) -> ConceptOutput:
+        """`forward` with a patch prior from outside.
+
+        Args:
+            features: See `Bottleneck.forward`.
+            theta_BN: (B, N) sums to 1.
+        """
+        patch_BND = features.patch_BND.to(self.head.weight.dtype)
+        theta_BN = theta_BN.to(patch_BND.dtype)
+        seen_BNG, residual_B = self.look(patch_BND, theta_BN)
+        feature_BGD, below_BGD = self.read(patch_BND, seen_BNG)
+        weight_MD = self.concept.weight / self.scale_GD[self.group_M]
+        centred_BMD = (feature_BGD - self.mean_GD)[:, self.group_M]
+        logit_BM = (centred_BMD * weight_MD).sum(2) + self.concept.bias
+        seen_BNM = seen_BNG[:, :, self.group_M]
+        num_concepts = seen_BNM.shape[2]
         return ConceptOutput(
             concept_logit_BM=logit_BM,
             class_logit_BK=self.classify(logit_BM),
             grid=features.grid,
-            evidence_BNM=evidence_BNM,
-            plan_BNM=plan_BNM,
+            evidence_BNM=None if self.training else self._evidence(patch_BND, seen_BNM, weight_MD, below_BGD),
+            plan_BNM=seen_BNM / num_concepts,
             theta_BN=theta_BN,
-            gamma_BM=mass_BM,
-            residual_B=transport.residual_B,
-            losses={
-                "vop": orthogonality(adapted_BND, theta_BN, form=self.orthogonality_form),
-                "top": orthogonality(concept_MD, form=self.orthogonality_form),
-            }
-            if self.training
-            else {},
+            gamma_BM=torch.full_like(logit_BM, 1 / num_concepts),
+            residual_B=residual_B,
+            losses={"l2": self.l2 / 2 * self.concept.weight.square().sum(1).mean()} if self.training and self.l2 else {},
         )
+
+    def _evidence(self, patch_BND: Tensor, seen_BNM: Tensor, weight_MD: Tensor, below_BGD: Tensor) -> Tensor:
+        """(B, N, M) seen_ij sum_d |f_id|^(p-1) (f_id - mean_d) w_jd / below_d: summed over i, the logit less its bias."""
+        active_BND = patch_BND.abs() ** (self.power - 1)
+        factor_BMD = weight_MD / below_BGD[:, self.group_M]
+        above_BNM = (active_BND * patch_BND) @ factor_BMD.transpose(1, 2)
+        mean_BNM = active_BND @ (factor_BMD * self.mean_GD[self.group_M]).transpose(1, 2)
+        return seen_BNM * (above_BNM - mean_BNM)
+
+    def head_input(self, concept_logit_BM: Tensor, context_BX: Tensor | None = None) -> Tensor:
+        """(B, M) logits or probabilities."""
+        del context_BX
+        return concept_logit_BM if self.head_on == "logit" else concept_logit_BM.sigmoid()

@@ -30,11 +30,13 @@ from dotcbm.encoders.image import ImageEncoder
 from dotcbm.encoders.text import TextEncoder
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.concept_model import ConceptModel
+from dotcbm.models.dot_cbm import DotCBM
 from dotcbm.structures import ConceptBatch, ConceptOutput, Problem
 from dotcbm.training.evaluation import Evaluation
 from dotcbm.training.guard import check_losses
 from dotcbm.training.head_fit import HeadFit, check_reads_truth, collect_head_input, fit_head, true_head_input
 from dotcbm.training.kept_weights import KeptWeights
+from dotcbm.training.part_finding import check_finds_parts, prepare_parts
 from dotcbm.training.record import check_record, make_record, record_tensors
 from dotcbm.training.sparse_head import fit_sparse_head
 
@@ -167,6 +169,8 @@ class ConceptTask(LightningModule):
             raise ValueError(f"the head of {type(bottleneck).__name__} is trained by gradients; set regime to 'joint', not {self.regime!r}")
         if self.regime == "independent":
             check_reads_truth(bottleneck)
+        if isinstance(bottleneck, DotCBM):
+            check_finds_parts(self.encoder)
         if self.regime != "joint" and self.head_nec is None and self.head_l2 == "auto" and not data.has_validation:
             # fit_head would say the same, after an hour.
             raise ValueError("head_l2 'auto' chooses on a validation split, and there is none; set val_fraction above 0 or give a number")
@@ -212,6 +216,14 @@ class ConceptTask(LightningModule):
         bottleneck = self.model.bottleneck
         of_head = {id(p) for p in bottleneck.head.parameters()}
         return self.regime != "joint" and all(id(p) in of_head for p in bottleneck.parameters())
+
+    def on_fit_start(self) -> None:
+        """Find the parts of a bottleneck that needs them, unless a checkpoint brought them."""
+        bottleneck = self.model.bottleneck
+        if isinstance(bottleneck, DotCBM) and not bool(bottleneck.found):
+            prepare_parts(bottleneck, self.data, self.encoder, seed=self.seed, device=self.device)
+            for value in bottleneck.buffers():  # processes may differ in the last digits
+                value.copy_(self.trainer.strategy.broadcast(value))
 
     def on_train_start(self) -> None:
         """A bottleneck without a trainable concept part (a linear probe) goes straight to stage 2.

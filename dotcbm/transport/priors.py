@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dotcbm.structures import ConceptSet, PatchFeatures
 from dotcbm.transport.cost import unit
 
-__all__ = ["ConceptPrior", "PatchPrior", "concept_prior", "map_to_grid", "patch_prior", "perplexity"]
+__all__ = ["ConceptPrior", "PatchPrior", "concept_prior", "map_to_grid", "neighbour_mean", "patch_prior", "perplexity", "standardise"]
 
 PatchPrior = Literal["dot", "cosine", "norm", "uniform", "external", "border"]
 ConceptPrior = Literal["eq18", "figure2", "frequency", "uniform"]
@@ -28,6 +28,7 @@ def patch_prior(
     *,
     temperature: float,
     floor: float,
+    smoothing: int = 1,
     external_BN: Tensor | None = None,
 ) -> Tensor:
     """The patch marginal theta = (1 - floor) softmax(S / temperature) + floor / N, for a saliency S.
@@ -47,6 +48,7 @@ def patch_prior(
         features: Patches and global token of the batch.
         temperature: > 0; in deviations of S, except for "dot".
         floor: Share of theta that is spread evenly, in [0, 1].
+        smoothing: Side, odd, of the square of patches over which S is averaged first (`neighbour_mean`); 1 for no averaging.
         external_BN: (B, N) saliency, used by and needed for "external" alone.
 
     Returns:
@@ -54,7 +56,7 @@ def patch_prior(
 
     Raises:
         ValueError: A global token of another width than the patches for "dot" and "cosine", a missing, superfluous or
-            misshapen external map, temperature or floor out of range, an unknown kind.
+            misshapen external map, temperature, floor or smoothing out of range, an unknown kind.
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be positive")
@@ -63,9 +65,9 @@ def patch_prior(
     if (external_BN is not None) != (kind == "external"):
         given = "was given" if external_BN is not None else "is missing"
         raise ValueError(f'external_BN {given} with the patch prior {kind!r}; it goes with "external" and only there')
-    saliency_BN = _saliency(kind, features, external_BN)
+    saliency_BN = neighbour_mean(_saliency(kind, features, external_BN), features.grid, side=smoothing)
     if kind != "dot":
-        saliency_BN = _standardise(saliency_BN)
+        saliency_BN = standardise(saliency_BN)
     theta_BN = torch.softmax(saliency_BN / temperature, dim=-1)
     return (1 - floor) * theta_BN + floor / theta_BN.shape[-1]
 
@@ -109,7 +111,7 @@ def concept_prior(
     elif kind == "eq18":
         gamma_M = 1 - torch.softmax(_company(L_KM) / temperature, dim=0) if M > 1 else torch.ones_like(L_KM[0])
     elif kind == "figure2":
-        gamma_M = torch.softmax(-_standardise(_company(L_KM)) / temperature, dim=0)
+        gamma_M = torch.softmax(-standardise(_company(L_KM)) / temperature, dim=0)
     elif kind == "frequency":
         gamma_M = _frequency(L_KM.nanmean(0) if frequency_M is None else frequency_M, M) ** (1 / temperature)
     else:
@@ -139,6 +141,22 @@ def map_to_grid(map_BHW: Tensor, grid: tuple[int, int]) -> Tensor:
         raise ValueError(f"the map has shape {tuple(map_BHW.shape)}; give (B, H, W)")
     values = map_BHW if map_BHW.dtype == torch.float64 else map_BHW.float()
     return F.adaptive_avg_pool2d(values.unsqueeze(1), grid).flatten(1)
+
+
+def neighbour_mean(map_BN: Tensor, grid: tuple[int, int], *, side: int) -> Tensor:
+    """(B, N) the mean over a square of patches around each; at the grid's edges over those that exist.
+
+    Raises:
+        ValueError: A side that is even or below 1, or a map that does not fit the grid.
+    """
+    if side < 1 or side % 2 == 0:
+        raise ValueError(f"a square of {side} patches a side has no patch in its middle; give 1, 3, 5, ...")
+    if map_BN.ndim != 2 or map_BN.shape[1] != grid[0] * grid[1]:
+        raise ValueError(f"the map has shape {tuple(map_BN.shape)}; a grid of {grid[0]} x {grid[1]} needs (B, {grid[0] * grid[1]})")
+    if side == 1:
+        return map_BN
+    map_B1hw = map_BN.unflatten(1, grid).unsqueeze(1)
+    return F.avg_pool2d(map_B1hw, side, stride=1, padding=side // 2, count_include_pad=False).flatten(1)
 
 
 def _saliency(kind: PatchPrior, features: PatchFeatures, external_BN: Tensor | None) -> Tensor:
@@ -180,7 +198,8 @@ def _unlike_border(unit_BND: Tensor, grid: tuple[int, int]) -> Tensor:
     return -similar_BN / (border_N.sum() - border_N).clamp_min(1)
 
 
-def _standardise(x: Tensor) -> Tensor:
+def standardise(x: Tensor) -> Tensor:
+    """Mean 0 and deviation 1 over the last dimension; zeros where nothing varies."""
     centred = x - x.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)
     # Rounding leaves a constant map with a deviation of a few ulps, which must not be blown up to 1.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dotcbm.transport.backend_torch import solve_torch
-from dotcbm.transport.plan import TransportPlan
+from dotcbm.transport.plan import TransportPlan, safe_log
 
 __all__ = ["Solver", "TransportPlan", "sinkhorn"]
 
@@ -57,7 +57,9 @@ def sinkhorn(
         max_iter: Most updates of the two potentials.
         tol: Stop once the residual of every picture is below it; None makes max_iter updates.
         solver: "torch" (ours) or "pot" (Python Optimal Transport, slower, the reference).
-        relax_patch: Strength, > 0, of the Kullback-Leibler penalty that replaces the constraint on the rows; None keeps it.
+        relax_patch: Strength, >= 0, of the Kullback-Leibler penalty that replaces the constraint on the rows; None keeps it. At 0 the
+            rows are free, theta is no more than the measure that the entropy is relative to, and the plan is gamma_j
+            softmax_i(log theta_i - cost_ij / eps): no solver is asked.
         relax_concept: The same for the columns.
         check: Look at values: reject costs that are not finite and wrong marginals, and warn where tol was not reached.
 
@@ -86,6 +88,8 @@ def sinkhorn(
     device = cost_BNM.device.type
     # Entered only where it changes something: exporters stumble over the context.
     full_precision = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    if relax_patch == 0:
+        return _free_patches(cost_BNM, theta_BN, gamma_BM, eps=eps)
     with full_precision:
         result = solve(
             cost_BNM, theta_BN, gamma_BM, eps=eps, max_iter=max_iter, tol=tol, relax_patch=relax_patch, relax_concept=relax_concept
@@ -97,6 +101,15 @@ def sinkhorn(
             stacklevel=2,
         )
     return result
+
+
+def _free_patches(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, *, eps: float) -> TransportPlan:
+    """The plan whose rows are free: each column is a softmax over the patches that have mass."""
+    log_u_BN = torch.where(theta_BN > 0, theta_BN, 1.0).log().masked_fill(theta_BN <= 0, -torch.inf)
+    log_v_BM = safe_log(gamma_BM) - (log_u_BN[..., None] - cost_BNM / eps).logsumexp(1)
+    log_v_BM = log_v_BM.masked_fill(gamma_BM <= 0, -torch.inf)
+    plan_BNM = (log_u_BN[..., None] + log_v_BM[:, None] - cost_BNM / eps).exp()
+    return TransportPlan(plan_BNM, log_u_BN, log_v_BM, (plan_BNM.sum(1) - gamma_BM).abs().sum(1).detach(), 0)
 
 
 def _batched(cost_BNM: Tensor, theta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,8 +134,10 @@ def _check_settings(*, eps: float, max_iter: int, tol: float | None, relax_patch
     if tol is not None and not tol > 0:
         raise ValueError(f"tol is {tol}; give a positive number, or None to make all max_iter iterations")
     for name, relax in (("relax_patch", relax_patch), ("relax_concept", relax_concept)):
-        if relax is not None and not 0 < relax < float("inf"):
-            raise ValueError(f"{name} is {relax}; it must be positive and finite, or None for a marginal that is met exactly")
+        if relax is not None and not 0 <= relax < float("inf"):
+            raise ValueError(f"{name} is {relax}; it must be finite and not negative, or None for a marginal that is met exactly")
+    if relax_concept == 0 or (relax_patch == 0 and relax_concept is not None):
+        raise ValueError(f"relax_patch is {relax_patch} and relax_concept {relax_concept}; only the patches can be free, and then alone")
 
 
 def _check_values(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, *, balanced: bool) -> None:

@@ -22,14 +22,14 @@ from dotcbm.explain.regions import MutedRegion, concepts_in_box, mute_region
 from dotcbm.explain.style import percent, signed
 from dotcbm.models.cbm import CBM
 from dotcbm.models.concept_model import ConceptModel
-from dotcbm.models.dot_cbm import DotCBM
+from dotcbm.models.published_dot_cbm import PublishedDotCBM
 
 BOX = (0.1, 0.2, 0.5, 0.7)
 
 
 @pytest.fixture
 def explanation(build: Callable[..., ConceptModel], picture: Tensor) -> Explanation:
-    return explain(build(DotCBM), picture)
+    return explain(build(PublishedDotCBM), picture)
 
 
 def table(explanation: Explanation, *, read: bool) -> PredictionTable:
@@ -69,7 +69,7 @@ def test_no_text_overlaps_or_leaves_a_figure(explanation: Explanation, words: in
 
 
 def test_an_occlusion_figure_has_a_row_for_each_concept(build: Callable[..., ConceptModel], picture: Tensor) -> None:
-    found = occlude(build(DotCBM), picture, concepts=["crest", "red wing"], num_random=3)
+    found = occlude(build(PublishedDotCBM), picture, concepts=["crest", "red wing"], num_random=3)
     long = replace(found, concepts=tuple(replace(row, name=row.name) for row in found.concepts))
     figure = plot_occlusion(long)
     assert overlaps(figure) == []
@@ -108,7 +108,7 @@ def test_a_box_is_drawn_where_it_is_with_its_shares(explanation: Explanation) ->
 
 
 def test_a_muted_region_shows_both_states_and_how(build: Callable[..., ConceptModel], picture: Tensor) -> None:
-    for kind, how in ((DotCBM, "transport was solved again"), (CBM, "no longer add to the concepts")):
+    for kind, how in ((PublishedDotCBM, "transport was solved again"), (CBM, "no longer add to the concepts")):
         muted = mute_region(build(kind), picture, BOX)
         shown = [text for text, _ in texts(muted.plot())]
         assert any(how in text for text in shown)

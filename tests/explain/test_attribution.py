@@ -15,8 +15,8 @@ from dotcbm.explain.explanation import explain
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.cbm import CBM
 from dotcbm.models.concept_model import ConceptModel
-from dotcbm.models.dot_cbm import DotCBM
 from dotcbm.models.linear_probe import LinearProbe
+from dotcbm.models.published_dot_cbm import PublishedDotCBM
 from dotcbm.structures import ConceptOutput, PatchFeatures, Preprocessing, Problem
 
 Build = Callable[..., ConceptModel]
@@ -74,7 +74,7 @@ def test_integrated_gradients_of_a_linear_model_are_weight_times_input(problem: 
 
 
 @pytest.mark.parametrize("of", ["concept", "class"])
-@pytest.mark.parametrize("kind", [CBM, DotCBM])
+@pytest.mark.parametrize("kind", [CBM, PublishedDotCBM])
 def test_integrated_gradients_are_complete(build: Build, kind: type[Bottleneck], of: str, picture: Tensor) -> None:
     model = build(kind).eval()
     image = model.prepare([picture])
@@ -101,7 +101,7 @@ def test_gradcam_by_hand(problem: Problem, pictures: Tensor, doubled: type[Bottl
     assert float(found["class"].map_BXHW.max()) > 0
 
 
-@pytest.mark.parametrize("kind", [CBM, DotCBM])
+@pytest.mark.parametrize("kind", [CBM, PublishedDotCBM])
 def test_lrp_on_the_patches_is_the_evidence_where_there_is_any(build: Build, kind: type[Bottleneck], picture: Tensor) -> None:
     model = build(kind).eval()
     image = model.prepare([picture])
@@ -154,7 +154,7 @@ def test_lrp_on_the_picture_is_captums_on_the_chain(problem: Problem, pictures: 
     assert float((plain - expected).detach().abs().max()) > 1e-4
 
 
-@pytest.mark.parametrize("kind", [Plain, DotCBM])
+@pytest.mark.parametrize("kind", [Plain, PublishedDotCBM])
 def test_lrp_refuses_what_captum_would_follow_wrongly(problem: Problem, pictures: Tensor, kind: type[Bottleneck]) -> None:
     with pytest.raises(ValueError, match=r"cannot follow this encoder .with the epsilon rule it differs.*integrated_gradients"):
         attribute(chained(problem, kind, skip=True), pictures, method="lrp", on="picture")
@@ -205,7 +205,7 @@ def test_the_model_is_as_it_was_also_after_an_error(
 
 
 def test_it_works_under_inference_mode_and_from_cached_half_precision(build: Build, picture: Tensor) -> None:
-    model = build(DotCBM).eval()
+    model = build(PublishedDotCBM).eval()
     image = model.prepare([picture])
     expected = attribute(model, image).map_BXHW
     with torch.inference_mode():
@@ -223,7 +223,7 @@ def test_a_bottleneck_without_maps_is_explained_by_gradcam_and_others_on_demand(
     assert found.view == "gradcam"
     torch.testing.assert_close(found.heatmaps_MHW, attribute(model, model.prepare([picture])).map_BXHW[0])
     for view in ("integrated_gradients", "lrp"):
-        other = explain(build(DotCBM), picture, view=view)
+        other = explain(build(PublishedDotCBM), picture, view=view)
         assert (other.view, other.heatmaps_MHW.shape) == (view, (6, 4, 4))
         assert float(other.heatmaps_MHW.min()) == 0
 

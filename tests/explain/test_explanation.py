@@ -14,13 +14,13 @@ from dotcbm.explain.explanation import Explanation, explain
 from dotcbm.explain.heatmaps import heatmaps
 from dotcbm.models.cbm import CBM
 from dotcbm.models.concept_model import ConceptModel
-from dotcbm.models.dot_cbm import DotCBM
 from dotcbm.models.linear_probe import LinearProbe
+from dotcbm.models.published_dot_cbm import PublishedDotCBM
 
 Build = Callable[..., ConceptModel]
 
 
-@pytest.fixture(params=[CBM, DotCBM])
+@pytest.fixture(params=[CBM, PublishedDotCBM])
 def model(request: pytest.FixtureRequest, build: Build) -> ConceptModel:
     return build(request.param)
 
@@ -45,7 +45,7 @@ def test_it_explains_the_predicted_class_unless_asked(model: ConceptModel, pictu
 
 
 def test_maps_are_those_of_the_output_in_the_view_asked_for(build: Build, picture: Tensor) -> None:
-    model = build(DotCBM)
+    model = build(PublishedDotCBM)
     output = model.predict(picture)
     for view in ("concept", "patch", "evidence"):
         explanation = explain(model, picture, view=view)

@@ -17,7 +17,7 @@ from dotcbm.explain.interventions import read_head
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.cbm import CBM
 from dotcbm.models.concept_model import ConceptModel
-from dotcbm.models.dot_cbm import DotCBM
+from dotcbm.models.published_dot_cbm import PublishedDotCBM
 from dotcbm.structures import Problem
 
 Build = Callable[..., ConceptModel]
@@ -29,7 +29,7 @@ def on_logits(problem: Problem) -> CBM:
 
 @pytest.fixture(params=["probability", "logit", "doubled", "dot"])
 def model(request: pytest.FixtureRequest, build: Build, doubled: type[Bottleneck]) -> ConceptModel:
-    return build({"probability": CBM, "logit": on_logits, "doubled": doubled, "dot": DotCBM}[request.param])
+    return build({"probability": CBM, "logit": on_logits, "doubled": doubled, "dot": PublishedDotCBM}[request.param])
 
 
 @pytest.fixture

@@ -18,13 +18,13 @@ from dotcbm.explain.explanation import Explanation, explain
 from dotcbm.explain.neighbours import PredictionTable, nearest_pictures, predict_table, read_table, surest_pictures
 from dotcbm.models.cbm import CBM
 from dotcbm.models.concept_model import ConceptModel
-from dotcbm.models.dot_cbm import DotCBM
+from dotcbm.models.published_dot_cbm import PublishedDotCBM
 from dotcbm.structures import ConceptOutput, ConceptSet, Problem
 
 
 @pytest.fixture
 def explanation(build: Callable[..., ConceptModel], picture: Tensor) -> Explanation:
-    return explain(build(DotCBM), picture)
+    return explain(build(PublishedDotCBM), picture)
 
 
 @pytest.fixture

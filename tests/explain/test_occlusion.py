@@ -14,13 +14,13 @@ from dotcbm.explain.occlusion import occlude
 from dotcbm.metrics.faithfulness import cover, region_of
 from dotcbm.models.cbm import CBM
 from dotcbm.models.concept_model import ConceptModel
-from dotcbm.models.dot_cbm import DotCBM
+from dotcbm.models.published_dot_cbm import PublishedDotCBM
 
 Build = Callable[..., ConceptModel]
 
 
 def test_numbers_are_the_models_on_covered_pictures(build: Build, picture: Tensor) -> None:
-    model = build(DotCBM).train()
+    model = build(PublishedDotCBM).train()
     found = occlude(model, picture, concepts=["crest", "red wing"], num_random=3, share=0.3, seed=5)
     assert model.training
     assert [row.name for row in found.concepts] == ["crest", "red wing"]
@@ -60,7 +60,7 @@ def test_covering_what_a_concept_is_read_from_lowers_it_more(build: Build, pictu
 
 
 def test_bad_settings_are_refused(build: Build, picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(DotCBM)
+    model = build(PublishedDotCBM)
     with pytest.raises(ValueError, match="without a random region"):
         occlude(model, picture, num_random=0)
     with pytest.raises(ValueError, match="did you mean"):

@@ -20,13 +20,13 @@ from dotcbm.explain.explanation import Explanation, explain
 from dotcbm.explain.heatmaps import upsample
 from dotcbm.models.cbm import CBM
 from dotcbm.models.concept_model import ConceptModel
-from dotcbm.models.dot_cbm import DotCBM
+from dotcbm.models.published_dot_cbm import PublishedDotCBM
 from dotcbm.structures import ConceptSet, Problem
 
 
 @pytest.fixture
 def explanation(build: Callable[..., ConceptModel], picture: Tensor) -> Explanation:
-    return explain(build(DotCBM), picture)
+    return explain(build(PublishedDotCBM), picture)
 
 
 def many(explanation: Explanation, *, words: int, height: int = 48) -> Explanation:

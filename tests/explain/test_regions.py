@@ -16,8 +16,8 @@ from dotcbm.explain.regions import cells_in_box, concepts_in_box, mute_region
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.cbm import CBM
 from dotcbm.models.concept_model import ConceptModel
-from dotcbm.models.dot_cbm import DotCBM
 from dotcbm.models.dot_product import DotProduct
+from dotcbm.models.published_dot_cbm import PublishedDotCBM
 from dotcbm.structures import PatchFeatures
 
 Build = Callable[..., ConceptModel]
@@ -39,7 +39,7 @@ def test_cells_of_a_partition_add_up_to_one(x: float, y: float, h: int, w: int) 
 
 
 def test_shares_and_evidence_add_up_over_a_partition(build: Build, picture: Tensor) -> None:
-    explanation = explain(build(DotCBM), picture)
+    explanation = explain(build(PublishedDotCBM), picture)
     boxes = [(0.0, 0.0, 0.3, 0.55), (0.3, 0.0, 1.0, 0.55), (0.0, 0.55, 1.0, 1.0)]
     reports = [concepts_in_box(explanation, box) for box in boxes]
     assert sum(report.area for report in reports) == pytest.approx(1)
@@ -61,7 +61,7 @@ def test_a_map_without_heat_lives_nowhere_and_a_model_without_evidence_says_so(
     assert all(row.share != row.share and row.evidence is None for row in report.concepts)
 
 
-@pytest.mark.parametrize("kind", [CBM, DotProduct, DotCBM])
+@pytest.mark.parametrize("kind", [CBM, DotProduct, PublishedDotCBM])
 def test_muting_everything_leaves_the_bias(build: Build, kind: type[Bottleneck], picture: Tensor) -> None:
     model = build(kind)
     bottleneck = model.bottleneck
@@ -72,7 +72,7 @@ def test_muting_everything_leaves_the_bias(build: Build, kind: type[Bottleneck],
         with torch.no_grad():
             bottleneck.readout.beta_M.normal_()  # pyright: ignore
         bias_M = bottleneck.readout.beta_M.detach()  # pyright: ignore
-    for how in ("evidence", "transport") if kind is DotCBM else ("evidence",):
+    for how in ("evidence", "transport") if kind is PublishedDotCBM else ("evidence",):
         muted = mute_region(model, picture, ALL, how=how)  # pyright: ignore
         torch.testing.assert_close(muted.after.concept_logit_M, bias_M, atol=1e-4, rtol=1e-4)
         expected = bottleneck.classify(bias_M[None])[0].detach()
@@ -96,7 +96,7 @@ def test_transport_is_solved_as_the_model_does(build: Build, picture: Tensor, se
     """With a box that no patch is in, nothing changes; with a part of them muted, the rest is transported as if it were all there is."""
 
     def kind(problem):  # type: ignore[no-untyped-def]
-        return DotCBM(problem, patch_prior="uniform", **settings_)
+        return PublishedDotCBM(problem, patch_prior="uniform", **settings_)
 
     model = build(kind, resize="crop").eval()
     wide = torch.cat([picture, picture], 2)
@@ -125,7 +125,7 @@ def test_covering_the_picture_changes_what_the_encoder_sees(build: Build, double
 
 
 def test_the_mode_is_restored_and_bad_questions_are_answered(build: Build, doubled: type[Bottleneck], picture: Tensor) -> None:
-    model = build(DotCBM).train()
+    model = build(PublishedDotCBM).train()
     mute_region(model, picture, (0.2, 0.2, 0.4, 0.4))
     assert model.training
     assert model.bottleneck.training
@@ -136,7 +136,7 @@ def test_the_mode_is_restored_and_bad_questions_are_answered(build: Build, doubl
         with pytest.raises(ValueError, match="is no box in the picture"):
             mute_region(model, picture, box)
     with pytest.raises(ValueError, match="outside"):
-        concepts_in_box(explain(build(DotCBM, resize="crop"), torch.cat([picture, picture], 2)), NOTHING)
+        concepts_in_box(explain(build(PublishedDotCBM, resize="crop"), torch.cat([picture, picture], 2)), NOTHING)
     with pytest.raises(ValueError, match="CBM transports nothing"):
         mute_region(build(CBM), picture, ALL, how="transport")
     with pytest.raises(ValueError, match="no sums over patches; cover the 'picture'"):

@@ -15,6 +15,7 @@ from dotcbm.models.cbm import CBM
 from dotcbm.models.dot_cbm import DotCBM
 from dotcbm.models.dot_product import DotProduct
 from dotcbm.models.linear_probe import LinearProbe
+from dotcbm.models.published_dot_cbm import PublishedDotCBM
 from dotcbm.structures import ConceptSet, PatchFeatures, Problem
 from dotcbm.transport.cost import cosine_similarity
 from dotcbm.transport.sinkhorn import sinkhorn
@@ -33,11 +34,13 @@ BOTTLENECKS: dict[str, Callable[[Problem], Bottleneck]] = {
     "softmax value": lambda p: DotProduct(p, pooling="softmax", readout="value", dim=8),
     "softmax value adapted": lambda p: DotProduct(p, pooling="softmax", readout="value", value_on="adapted", dim=8),
     "max from the frequency": lambda p: DotProduct(p, pooling="max", dim=8, readout_scale=40.0, readout_bias="frequency"),
-    "dot": lambda p: DotCBM(p, dim=8),
-    "dot cosine": lambda p: DotCBM(p, dim=8, readout="cosine", null_patch=0.3),
-    "dot adapted": lambda p: DotCBM(p, dim=8, value_on="adapted", null_concept=0.0, concept_prior="figure2"),
-    "dot relaxed": lambda p: DotCBM(p, dim=8, relax_concept=0.5, relax_patch=1.0, patch_prior="border"),
-    "dot paper": lambda p: DotCBM(p, dim=8, readout="paper", null_concept=0.0, patch_prior="cosine"),
+    "parts": lambda p: DotCBM(p, num_parts=3, num_clusterings=2, part_width=8),
+    "parts balanced": lambda p: DotCBM(p, num_parts=3, num_clusterings=2, relax_patch=None, power=1.0, head_on="probability"),
+    "dot": lambda p: PublishedDotCBM(p, dim=8),
+    "dot cosine": lambda p: PublishedDotCBM(p, dim=8, readout="cosine", null_patch=0.3),
+    "dot adapted": lambda p: PublishedDotCBM(p, dim=8, value_on="adapted", null_concept=0.0, concept_prior="figure2"),
+    "dot relaxed": lambda p: PublishedDotCBM(p, dim=8, relax_concept=0.5, relax_patch=1.0, patch_prior="border"),
+    "dot paper": lambda p: PublishedDotCBM(p, dim=8, readout="paper", null_concept=0.0, patch_prior="cosine"),
 }
 
 
@@ -138,7 +141,7 @@ def test_the_printed_readout_at_the_paper_s_size_moves_by_a_hundred_thousandth()
 
 def test_plan_has_the_marginals_it_was_given() -> None:
     torch.manual_seed(0)
-    model = DotCBM(make_problem(), dim=8, null_concept=0.0, eps=0.2, iterations=300, patch_floor=0.1).eval()
+    model = PublishedDotCBM(make_problem(), dim=8, null_concept=0.0, eps=0.2, iterations=300, patch_floor=0.1).eval()
     out = model(make_features())
     assert out.plan_BNM is not None
     assert out.theta_BN is not None
@@ -149,7 +152,7 @@ def test_plan_has_the_marginals_it_was_given() -> None:
 
 
 def test_null_concept_takes_its_share_of_the_mass() -> None:
-    out = DotCBM(make_problem(), dim=8, null_concept=0.4, iterations=300).eval()(make_features())
+    out = PublishedDotCBM(make_problem(), dim=8, null_concept=0.4, iterations=300).eval()(make_features())
     assert out.plan_BNM is not None
     assert torch.allclose(out.plan_BNM.sum((1, 2)), torch.full((B,), 0.6), atol=1e-3)
 
@@ -157,10 +160,10 @@ def test_null_concept_takes_its_share_of_the_mass() -> None:
 def test_permuting_concepts_permutes_the_plan() -> None:
     torch.manual_seed(0)
     problem = make_problem(text=True)
-    model = DotCBM(problem, dim=8, readout="cosine").eval()
+    model = PublishedDotCBM(problem, dim=8, readout="cosine").eval()
     order = torch.randperm(M)
     assert problem.text_MD is not None
-    shuffled = DotCBM(replace(problem, text_MD=problem.text_MD[order]), dim=8, readout="cosine").eval()
+    shuffled = PublishedDotCBM(replace(problem, text_MD=problem.text_MD[order]), dim=8, readout="cosine").eval()
     state = {k: v for k, v in model.state_dict().items() if not k.endswith("text_MD")}
     shuffled.load_state_dict(state, strict=False)
     plan, twin = model(make_features()).plan_BNM, shuffled(make_features()).plan_BNM
@@ -173,7 +176,7 @@ def test_external_saliency_is_where_the_mass_is() -> None:
     features = make_features()
     mask = torch.zeros(B, N)
     mask[:, 7] = 1
-    model = DotCBM(make_problem(), dim=8, patch_prior="external", patch_temperature=0.2).eval()
+    model = PublishedDotCBM(make_problem(), dim=8, patch_prior="external", patch_temperature=0.2).eval()
     out = model(replace(features, saliency_BN=mask))
     assert out.theta_BN is not None
     assert (out.theta_BN.argmax(1) == 7).all()
@@ -262,10 +265,10 @@ def test_linear_probe_reads_the_global_token() -> None:
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DotCBM(make_problem(), **settings)  # pyright: ignore[reportArgumentType]
+        PublishedDotCBM(make_problem(), **settings)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("make", [partial(DotProduct, dim=8), partial(DotCBM, dim=8)])
+@pytest.mark.parametrize("make", [partial(DotProduct, dim=8), partial(PublishedDotCBM, dim=8)])
 def test_readouts_start_at_the_frequency_of_the_concepts_where_they_are_told_to(make: Callable[..., Bottleneck]) -> None:
     problem = make_problem()
     frequency_M = problem.concept_frequency_M

@@ -21,8 +21,8 @@ from dotcbm.models.base import Bottleneck
 from dotcbm.models.cbm import CBM
 from dotcbm.models.cem import CEM
 from dotcbm.models.concept_model import ConceptModel
-from dotcbm.models.dot_cbm import DotCBM
 from dotcbm.models.linear_probe import LinearProbe
+from dotcbm.models.published_dot_cbm import PublishedDotCBM
 from dotcbm.report.audit import AuditSettings, audit
 from dotcbm.report.audit.concepts import auroc_draws
 from dotcbm.report.audit.groups import dealt_gap
@@ -111,7 +111,7 @@ def model_of(encoder: ImageEncoder, source: ConceptSource, kind: type[Bottleneck
 
 @pytest.fixture(scope="module")
 def dot(encoder: ImageEncoder) -> ConceptModel:
-    return model_of(encoder, DRAWN, DotCBM, dim=16, iterations=5)
+    return model_of(encoder, DRAWN, PublishedDotCBM, dim=16, iterations=5)
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,7 @@ def test_pieces_are_whole_or_not_there(tmp_path):
 
 def test_without_parts_and_masks(encoder, cache):
     source = Changed(DRAWN, bare=True)
-    found = audit(model_of(encoder, source, DotCBM, dim=16, iterations=5), data_of(source, cache), settings=QUICK)
+    found = audit(model_of(encoder, source, PublishedDotCBM, dim=16, iterations=5), data_of(source, cache), settings=QUICK)
     told = absent(found)
     assert "neither key points nor part masks" in told["pointing and part detection"]
     assert "no masks of the object" in told["the background swap"]
@@ -299,7 +299,7 @@ def test_without_parts_and_masks(encoder, cache):
 
 def test_a_concept_that_is_never_present(encoder, cache):
     source = Changed(DRAWN, never=2)
-    found = audit(model_of(encoder, source, DotCBM, dim=16, iterations=5), data_of(source, cache), settings=QUICK)
+    found = audit(model_of(encoder, source, PublishedDotCBM, dim=16, iterations=5), data_of(source, cache), settings=QUICK)
     row = found.concepts[2]
     assert row.num_positive == 0
     assert row.auroc.value is None
@@ -321,7 +321,7 @@ def test_a_single_class(encoder, cache):
 
 def test_three_pictures(encoder, cache):
     source = Changed(DRAWN, keep=(0, 1, 2))
-    found = audit(model_of(encoder, source, DotCBM, dim=16, iterations=5), data_of(source, cache), settings=QUICK)
+    found = audit(model_of(encoder, source, PublishedDotCBM, dim=16, iterations=5), data_of(source, cache), settings=QUICK)
     assert found.figure("classes/accuracy").value.n == 3
     assert "3 pictures" in absent(found)["leakage"]
     assert not any(finding.severity in ("critical", "good") for finding in found.findings)  # nothing can be proven
@@ -347,7 +347,7 @@ def test_swapped_pictures_are_encoded_once_for_all_models(encoder, dot, tmp_path
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_swapped_pictures_keep_the_mask_that_a_prior_is_made_of(encoder, cache, cached):
-    model = model_of(encoder, DRAWN, DotCBM, dim=16, iterations=5, patch_prior="external")
+    model = model_of(encoder, DRAWN, PublishedDotCBM, dim=16, iterations=5, patch_prior="external")
     data = data_of(DRAWN, cache if cached else None, foreground_in_training=True)
     found = audit(model, data, settings=replace(QUICK, depth="figures"))
     assert {"suspects/swap_fall", "concepts/occlusion_excess"} <= keys(found)
@@ -486,7 +486,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     command = ["audit", "--config", "runs/tiny/config.yaml", "--limit", "12"]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "DotCBM classifies" in said
+    assert "PublishedDotCBM classifies" in said
     out = tmp_path / "runs" / "tiny" / "audit"
     assert sorted(path.name for path in out.iterdir()) == ["audit.html", "audit.json", "audit.md"]
     stored = json.loads((out / "audit.json").read_text())

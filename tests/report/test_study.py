@@ -31,7 +31,7 @@ epochs: 1
 seeds: [0, 1]
 rows:
   - {name: linear probe, bottleneck: LinearProbe}
-  - {name: DOT-CBM, bottleneck: DotCBM, settings: {dim: 8, iterations: 5}}
+  - {name: DOT-CBM, bottleneck: PublishedDotCBM, settings: {dim: 8, iterations: 5}}
 """
 
 

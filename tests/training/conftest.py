@@ -14,7 +14,7 @@ from fakes.source import TinySource
 
 from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.encoders.image import ImageEncoder
-from dotcbm.models.dot_cbm import DotCBM
+from dotcbm.models.published_dot_cbm import PublishedDotCBM
 from dotcbm.structures import Problem
 from dotcbm.training.checkpoints import Checkpoints
 from dotcbm.training.task import ConceptTask
@@ -38,8 +38,8 @@ def encoder() -> ImageEncoder:
     return make_encoder()
 
 
-def small_dot(problem: Problem) -> DotCBM:
-    return DotCBM(problem, dim=16, iterations=5)
+def small_dot(problem: Problem) -> PublishedDotCBM:
+    return PublishedDotCBM(problem, dim=16, iterations=5)
 
 
 class Run:

@@ -15,15 +15,15 @@ from fakes.source import TinySource
 
 from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.encoders.image import ImageEncoder
-from dotcbm.models.dot_cbm import DotCBM
 from dotcbm.models.linear_probe import LinearProbe
+from dotcbm.models.published_dot_cbm import PublishedDotCBM
 from dotcbm.structures import Problem
 from dotcbm.training.checkpoints import Checkpoints
 from dotcbm.training.task import ConceptTask
 
 
-def bottleneck(problem: Problem) -> DotCBM:
-    return DotCBM(problem, dim=16, dropout=0.0, iterations=5)
+def bottleneck(problem: Problem) -> PublishedDotCBM:
+    return PublishedDotCBM(problem, dim=16, dropout=0.0, iterations=5)
 
 
 def train(folder: Path, *, devices: int, probe: bool = False) -> None:

@@ -17,10 +17,10 @@ from dotcbm.encoders.image import ImageEncoder
 from dotcbm.models.cbm import CBM
 from dotcbm.models.cem import CEM
 from dotcbm.models.coop_cbm import CoopCBM
-from dotcbm.models.dot_cbm import DotCBM
 from dotcbm.models.label_free import LabelFreeCBM
 from dotcbm.models.linear_probe import LinearProbe
 from dotcbm.models.post_hoc import PostHocCBM
+from dotcbm.models.published_dot_cbm import PublishedDotCBM
 from dotcbm.models.random_concepts import RandomConcepts
 from dotcbm.models.salf_cbm import SALFCBM
 from dotcbm.models.sparse_cbm import SparseCBM
@@ -65,7 +65,7 @@ def test_the_head_gets_no_gradient_in_stage_one_and_the_encoder_never(run):
             assert all(p.grad is None for p in pl_module.encoder.parameters())
 
     before = {name: value.clone() for name, value in run.encoder.state_dict().items()}
-    task, _, _ = fitted(run, Watch(), epochs=1, bottleneck=DotCBM)
+    task, _, _ = fitted(run, Watch(), epochs=1, bottleneck=PublishedDotCBM)
     assert all(torch.equal(value, before[name]) for name, value in run.encoder.state_dict().items())
     assert task.model.bottleneck.head.weight.requires_grad
 
@@ -210,7 +210,7 @@ def test_another_encoder_than_the_checkpoints_is_named(run):
 
 def test_another_bottleneck_than_the_checkpoints_is_named(run):
     fitted(run, epochs=1)
-    other = run.task(bottleneck=lambda problem: DotCBM(problem, dim=16, iterations=6))
+    other = run.task(bottleneck=lambda problem: PublishedDotCBM(problem, dim=16, iterations=6))
     with pytest.raises(ValueError, match=r"settings that differ: \['iterations'\]"):
         run.trainer().test(other, datamodule=run.data(), ckpt_path=str(run.folder / "run" / "model.ckpt"))
 
@@ -285,7 +285,7 @@ def test_the_configuration_builds_a_task():
     parser.add_lightning_class_args(ConceptTask, "model")
     parser.add_lightning_class_args(ConceptDataModule, "data")
     encoder = {"class_path": "dotcbm.encoders.image.ImageEncoder", "init_args": {"name": "timm/test_vit", "pretrained": False}}
-    bottleneck = {"class_path": "dotcbm.models.dot_cbm.DotCBM", "init_args": {"eps": 0.2}}
+    bottleneck = {"class_path": "dotcbm.models.published_dot_cbm.PublishedDotCBM", "init_args": {"eps": 0.2}}
     source = {"class_path": "dotcbm.data.synthetic.Synthetic", "init_args": {"size": 64, "num_train": 16}}
     config = parser.parse_object(
         {
@@ -296,7 +296,7 @@ def test_the_configuration_builds_a_task():
     built = parser.instantiate_classes(config)
     assert built.model.head_l2 == 0.5
     model = built.model.build(built.data)
-    assert isinstance(model.bottleneck, DotCBM)
+    assert isinstance(model.bottleneck, PublishedDotCBM)
     assert model.bottleneck.settings["eps"] == 0.2
     assert built.data.views == ("plain", "flip")
 

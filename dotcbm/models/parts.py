@@ -1,0 +1,241 @@
+"""Parts of an object, found in the patches of training pictures without part labels.
+
+A part looks alike on all objects, so its patches form a cluster: on birds the best of 12 clusters of patches for each concept, chosen
+by key points, points at 80 % of them. Which cluster belongs to which group of concepts ("bill shape") is the question that
+class-level labels leave open, because the encoder's last features tell classes apart everywhere on the object. Two things answer it:
+
+- **Local features** (`detail`: early stages of the encoder, which see few pixels) know the colour of a wing only where the wing is.
+- **Unseen classes.** A predictor that must name the wing's colour on classes that it has never seen cannot do so by knowing the
+  class. So a cluster is scored for a group by how well the local features that it collects predict the group's concepts in
+  pictures of held-out classes (ridge regression, AUROC), less what it scores for the average group.
+
+The clusters of a group are weighted by a softmax of the score, and several clusterings stand side by side.
+
+n pictures, N patches, D and L widths of features and details, E of the part space, C parts, G groups, M concepts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dotcbm.structures import PatchFeatures
+from dotcbm.transport.cost import cosine_similarity
+from dotcbm.transport.priors import patch_prior, standardise
+
+__all__ = ["Parts", "cluster", "find_parts", "group_shares", "score_parts"]
+
+_FOREGROUND = 0.3  # deviations of the norm above which a patch takes part in the clustering
+_SAMPLE = 30_000  # patches that are clustered
+_PASSES = 40  # of k-means
+_CHUNK = 64  # pictures whose patches are in memory in full precision
+_EPS, _TEMPERATURE = 0.1, 1.0  # of the plans by which parts collect details: wider than those that concepts are read by
+_RIDGE = 100.0  # on standardised features; 10 to 100 give the same within the noise
+_FOLDS = 10
+_SHARE_TEMPERATURE = 0.007  # of the shares, in AUROC; 0.004 to 0.012 give the same within the noise
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What was found.
+
+    Attributes:
+        centre_D, basis_DE: Part space: (patch - centre) @ basis, compared by cosine.
+        part_CE: Unit vectors; those of one clustering lie side by side.
+        score_GC: How well each part serves each group, in AUROC.
+    """
+
+    centre_D: Tensor
+    basis_DE: Tensor
+    part_CE: Tensor
+    score_GC: Tensor
+
+
+def find_parts(
+    patches: PatchFeatures,
+    detail_nNL: Tensor | None,
+    *,
+    concept_nM: Tensor,
+    label_n: Tensor,
+    group_M: Tensor,
+    num_parts: int,
+    num_clusterings: int,
+    part_width: int,
+    seed: int = 0,
+    advance: Callable[[], None] = lambda: None,
+) -> Parts:
+    """See the head of this file.
+
+    Args:
+        patches: Of n training pictures, in any precision; computed with where they lie.
+        detail_nNL: Local features on the same grid; None takes the patches in part space, which tells parts apart less well.
+        concept_nM: In [0, 1], NaN where unknown.
+        label_n: Classes.
+        group_M: Group of each concept, from 0.
+        num_parts, num_clusterings, part_width: See `dotcbm.models.dot_cbm.DotCBM`.
+        seed: Of the clusterings.
+        advance: Called after each clustering.
+
+    Raises:
+        ValueError: Fewer foreground patches than parts.
+    """
+    centre_D, basis_DE = _part_space(patches, width=part_width)
+    embedded_nNE = torch.cat([_embedded(part, centre_D, basis_DE) for part in patches.patch_BND.split(_CHUNK)])
+    foreground_FE = embedded_nNE[_foreground(patches)]
+    if len(foreground_FE) < num_parts:
+        raise ValueError(f"{len(foreground_FE)} patches of the training pictures stand out, too few for {num_parts} parts; lower num_parts")
+    if detail_nNL is None:
+        detail_nNL = torch.cat([embedded_nNE, embedded_nNE.square()], 2)
+    theta_nN = torch.cat([_wide_prior(patches, rows) for rows in torch.arange(len(label_n)).split(_CHUNK)])
+    parts, scores = [], []
+    for clustering in range(num_clusterings):
+        generator = torch.Generator().manual_seed(seed * num_clusterings + clustering)
+        chosen_X = torch.randperm(len(foreground_FE), generator=generator)[:_SAMPLE].to(foreground_FE.device)
+        part_CE = cluster(foreground_FE[chosen_X], num_parts, generator=generator)
+        detail_nCL = torch.cat(
+            [
+                (theta_XN.clamp(min=1e-30).log()[..., None] + cosine_similarity(embedded_XNE, part_CE) / _EPS).softmax(1).transpose(1, 2)
+                @ detail_XNL.to(embedded_XNE.dtype)
+                for theta_XN, embedded_XNE, detail_XNL in zip(
+                    theta_nN.split(_CHUNK), embedded_nNE.split(_CHUNK), detail_nNL.split(_CHUNK), strict=True
+                )
+            ]
+        )
+        parts.append(part_CE)
+        scores.append(score_parts(detail_nCL, concept_nM=concept_nM, label_n=label_n, group_M=group_M))
+        advance()
+    return Parts(centre_D, basis_DE, torch.cat(parts), torch.cat(scores, 1))
+
+
+def group_shares(score_GC: Tensor, *, num_clusterings: int) -> Tensor:
+    """(G, C) weight of each part for each group, rows summing to 1: a softmax within each clustering, clusterings alike.
+
+    A part that predicts everything well (it collects the whole object) is no part of anything: its mean over the groups is taken off.
+    """
+    shares = []
+    for score_GX in score_GC.chunk(num_clusterings, 1):
+        above_GX = score_GX - score_GX.mean(0)
+        shares.append((above_GX / _SHARE_TEMPERATURE).softmax(1) / num_clusterings)
+    return torch.cat(shares, 1)
+
+
+def cluster(unit_FE: Tensor, num_parts: int, *, generator: torch.Generator) -> Tensor:
+    """(num_parts, E) unit centres of spherical k-means (Dhillon and Modha 2001), started as k-means++ (Arthur and Vassilvitskii 2007).
+
+    Args:
+        unit_FE: (F, E) vectors of length 1, at least as many as parts.
+        num_parts: How many.
+        generator: On the CPU; all that is drawn is drawn there, so that a GPU draws the same.
+    """
+    first = int(torch.randint(len(unit_FE), (), generator=generator))
+    centres_CE = unit_FE[first : first + 1]
+    while len(centres_CE) < num_parts:
+        away_F = (1 - unit_FE @ centres_CE.T).amin(1).clamp(min=0).cpu().double()
+        if not away_F.sum() > 0:  # fewer different patches than parts
+            away_F = torch.ones_like(away_F)
+        drawn = int(torch.multinomial(away_F, 1, generator=generator))
+        centres_CE = torch.cat([centres_CE, unit_FE[drawn : drawn + 1]])
+    for _ in range(_PASSES):
+        nearest_F = (unit_FE @ centres_CE.T).argmax(1)
+        total_CE = torch.zeros_like(centres_CE).index_add_(0, nearest_F, unit_FE)
+        norm_C1 = total_CE.norm(dim=1, keepdim=True)
+        centres_CE = torch.where(norm_C1 > 0, total_CE / norm_C1.clamp(min=1e-12), centres_CE)
+    return centres_CE
+
+
+def score_parts(detail_nCL: Tensor, *, concept_nM: Tensor, label_n: Tensor, group_M: Tensor) -> Tensor:
+    """(G, C) mean AUROC of each group's concepts in held-out classes, predicted from what each part collected; 0.5 where undefined.
+
+    Args:
+        detail_nCL: (n, C, L) details, averaged over each part.
+        concept_nM: In [0, 1], NaN where unknown; taken as present above 0.5, and as the concept's mean where unknown.
+        label_n: Classes. Where concepts vary within classes, folds are of pictures: knowing the class then does not help.
+        group_M: Group of each concept.
+    """
+    device = detail_nCL.device
+    known_nM = ~concept_nM.isnan()
+    truth_nM = (concept_nM > 0.5).to(device)
+    target_nM = torch.where(known_nM, concept_nM, concept_nM.nanmean(0).nan_to_num(0.0)).to(device, detail_nCL.dtype)
+    fold_n = _folds(label_n, varies=_varies_within_classes(concept_nM, label_n)).to(device)
+    num_groups = int(group_M.max()) + 1
+    scores = []
+    for detail_nL in detail_nCL.unbind(1):
+        z_nL = (detail_nL - detail_nL.mean(0)) / (detail_nL.std(0) + 1e-6)
+        predicted_nM = torch.zeros_like(target_nM)
+        for fold in fold_n.unique():
+            held_n = fold_n == fold
+            x_XL, y_XM = z_nL[~held_n], target_nM[~held_n]
+            x_mean_L, y_mean_M = x_XL.mean(0), y_XM.mean(0)
+            x_XL = x_XL - x_mean_L
+            gram_LL = x_XL.T @ x_XL + _RIDGE * torch.eye(x_XL.shape[1], dtype=x_XL.dtype, device=device)
+            predicted_nM[held_n] = (z_nL[held_n] - x_mean_L) @ torch.linalg.solve(gram_LL, x_XL.T @ (y_XM - y_mean_M)) + y_mean_M
+        scores.append(_auroc(predicted_nM, truth_nM, known_nM.to(device)))
+    score_MC = torch.stack(scores, 1)
+    member_GM = F.one_hot(group_M, num_groups).T.to(score_MC)
+    defined_MC = ~score_MC.isnan()
+    total_GC, count_GC = member_GM @ score_MC.nan_to_num(0.0), member_GM @ defined_MC.to(score_MC)
+    return torch.where(count_GC > 0, total_GC / count_GC.clamp(min=1), 0.5).cpu()
+
+
+def _auroc(score_nM: Tensor, truth_nM: Tensor, known_nM: Tensor) -> Tensor:
+    """(M,) by ranks among the known rows (ties in the order they come: predictions hardly ever tie); NaN for a single value."""
+    ranked_nM = score_nM.masked_fill(~known_nM, torch.inf).argsort(0).argsort(0).to(score_nM.dtype) + 1
+    positive_nM, negative_nM = truth_nM & known_nM, ~truth_nM & known_nM
+    num_positive_M, num_negative_M = positive_nM.sum(0).to(score_nM.dtype), negative_nM.sum(0).to(score_nM.dtype)
+    above_M = (ranked_nM * positive_nM).sum(0) - num_positive_M * (num_positive_M + 1) / 2
+    pairs_M = num_positive_M * num_negative_M
+    return torch.where(pairs_M > 0, above_M / pairs_M.clamp(min=1), torch.nan)
+
+
+def _folds(label_n: Tensor, *, varies: bool) -> Tensor:
+    """(n,) number of the fold of each picture: of its class, or of itself where concepts vary within classes."""
+    generator = torch.Generator().manual_seed(0)
+    label_n = label_n.cpu()
+    number_n = torch.arange(len(label_n)) if varies else label_n
+    order = torch.randperm(int(number_n.max()) + 1, generator=generator)
+    return order[number_n] % _FOLDS
+
+
+def _varies_within_classes(concept_nM: Tensor, label_n: Tensor) -> bool:
+    """Whether pictures of one class differ in their concepts."""
+    for label in label_n.unique():
+        mine_XM = concept_nM[label_n == label]
+        lowest_M, highest_M = mine_XM.nan_to_num(torch.inf).amin(0), mine_XM.nan_to_num(-torch.inf).amax(0)
+        if bool((highest_M > lowest_M).any()):
+            return True
+    return False
+
+
+def _part_space(patches: PatchFeatures, *, width: int) -> tuple[Tensor, Tensor]:
+    """(D,) mean and (D, E) leading directions of the foreground patches."""
+    foreground_nN = _foreground(patches)
+    num_features = patches.patch_BND.shape[2]
+    total_D = patches.patch_BND.new_zeros(num_features, dtype=torch.float32)
+    second_DD = patches.patch_BND.new_zeros(num_features, num_features, dtype=torch.float32)
+    for part_BND, chosen_BN in zip(patches.patch_BND.split(_CHUNK), foreground_nN.split(_CHUNK), strict=True):
+        chosen_XD = part_BND[chosen_BN].float()
+        total_D += chosen_XD.sum(0)
+        second_DD += chosen_XD.T @ chosen_XD
+    count = foreground_nN.sum().clamp(min=1)
+    centre_D = total_D / count
+    covariance_DD = (second_DD / count - centre_D[:, None] * centre_D).double().cpu()
+    return centre_D, torch.linalg.eigh(covariance_DD).eigenvectors[:, -min(width, num_features) :].to(centre_D)
+
+
+def _embedded(patch_BND: Tensor, centre_D: Tensor, basis_DE: Tensor) -> Tensor:
+    return F.normalize((patch_BND.float() - centre_D) @ basis_DE, dim=-1)
+
+
+def _foreground(patches: PatchFeatures) -> Tensor:
+    """(n, N) bool: patches longer than most of their picture."""
+    norm_nN = torch.cat([part.float().norm(dim=2) for part in patches.patch_BND.split(_CHUNK)])
+    return standardise(norm_nN) > _FOREGROUND
+
+
+def _wide_prior(patches: PatchFeatures, rows: Tensor) -> Tensor:
+    part = PatchFeatures(patch_BND=patches.patch_BND[rows], global_BD=patches.global_BD[rows], grid=patches.grid)
+    return patch_prior("norm", part, temperature=_TEMPERATURE, floor=0.0, smoothing=3)
