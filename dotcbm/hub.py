@@ -297,7 +297,8 @@ def _part(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 
 def _encoder(stored: _Stored) -> ImageEncoder:
     told = stored.config["encoder"]
-    settings, weights = dict(told["settings"]), _part(stored.weights, "encoder")
+    settings = {"detail": False, **told["settings"]}  # models that were saved before there were details
+    weights = _part(stored.weights, "encoder")
     if weights:
         encoder = ImageEncoder(**settings, blueprint=told["blueprint"])
         _load(encoder, weights, where=stored.where, what=f"the encoder {encoder.name}")
@@ -340,6 +341,7 @@ def _bottleneck(stored: _Stored, *, encoder: ImageEncoder, given: type[Bottlenec
     problem = Problem(
         patch_width=encoder.width,
         global_width=encoder.global_width,
+        detail_width=encoder.detail_width,
         grid=encoder.grid,
         concepts=stored.concepts,
         text_MD=tensors.get("text_MD"),

@@ -143,12 +143,15 @@ class PatchFeatures:
         global_BD: (B, D_g) the global token (CLS, or the pooled patches where there is none).
         grid: (grid_h, grid_w) with grid_h * grid_w = N.
         saliency_BN: (B, N) saliency from outside (a mask or a map averaged onto the grid), or None.
+        detail_BNL: (B, N, L) what the encoder's early stages say of the pixels below each patch, or None where it tells of none. They
+            know colour and texture of a small place, where the patches know the whole object.
     """
 
     patch_BND: Tensor
     global_BD: Tensor
     grid: tuple[int, int]
     saliency_BN: Tensor | None = None
+    detail_BNL: Tensor | None = None
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PatchFeatures:
         """The same on another device or in another precision."""
@@ -157,6 +160,18 @@ class PatchFeatures:
             patch_BND=self.patch_BND.to(device, dtype),
             global_BD=self.global_BD.to(device, dtype),
             saliency_BN=None if self.saliency_BN is None else self.saliency_BN.to(device, dtype),
+            detail_BNL=None if self.detail_BNL is None else self.detail_BNL.to(device, dtype),
+        )
+
+    def rows(self, index: Tensor) -> PatchFeatures:
+        """The pictures `index`, on the device where the features are."""
+        index = index.to(self.patch_BND.device)
+        return replace(
+            self,
+            patch_BND=self.patch_BND[index],
+            global_BD=self.global_BD[index],
+            saliency_BN=None if self.saliency_BN is None else self.saliency_BN[index],
+            detail_BNL=None if self.detail_BNL is None else self.detail_BNL[index],
         )
 
 
@@ -245,6 +260,7 @@ class Problem:
         concepts: The vocabulary.
         text_MD: (M, D_t) embeddings of the concept names, or None to learn them.
         concept_frequency_M: (M,) share of the training pictures that show a concept.
+        detail_width: L of the details; 0 where there are none.
     """
 
     patch_width: int
@@ -253,6 +269,7 @@ class Problem:
     concepts: ConceptSet
     text_MD: Tensor | None = None
     concept_frequency_M: Tensor | None = None
+    detail_width: int = 0
 
 
 @dataclass(frozen=True)

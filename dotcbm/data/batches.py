@@ -169,18 +169,17 @@ class Rows(Dataset[ConceptBatch]):
         read = [self._read(number, rows[part]) for number, part in enumerate(parts) if len(part)]
         if len(read) == 1:
             return read[0]
-        back = torch.cat(parts).argsort().to(read[0].patch_BND.device)
+        details = [features.detail_BNL for features in read if features.detail_BNL is not None]
         return PatchFeatures(
-            patch_BND=torch.cat([features.patch_BND for features in read])[back],
-            global_BD=torch.cat([features.global_BD for features in read])[back],
+            patch_BND=torch.cat([features.patch_BND for features in read]),
+            global_BD=torch.cat([features.global_BD for features in read]),
             grid=read[0].grid,
-        )
+            detail_BNL=torch.cat(details) if details else None,
+        ).rows(torch.cat(parts).argsort())
 
     def _read(self, view: int, rows: Tensor) -> PatchFeatures:
         if self._resident is not None:
-            resident = self._resident[view]
-            rows = rows.to(resident.patch_BND.device)
-            return PatchFeatures(patch_BND=resident.patch_BND[rows], global_BD=resident.global_BD[rows], grid=resident.grid)
+            return self._resident[view].rows(rows)
         assert self.caches is not None
         return self.caches[view].read(rows)
 

@@ -243,22 +243,6 @@ class ConceptDataModule(LightningDataModule):
             advance=advance,
         )
 
-    def cache_details(self, encoder: PatchEncoder, *, device: torch.device | None = None) -> FeatureCache:
-        """What another frozen encoder says of the training pictures in the plain view (`dotcbm.encoders.detail`), from the cache folder.
-
-        Args:
-            encoder: Its preprocessing must be that of the known one.
-            device: Where to run it if need be; where it is by default.
-
-        Raises:
-            ValueError: `caches_features` is false.
-        """
-        if self.cache_dir is None or not self.caches_features:
-            raise ValueError("features are cached for frozen encoders and with a cache_dir only")
-        prepare = partial(prepare_view, preprocessing=encoder.preprocessing, view="plain")
-        with _placed(encoder, device):
-            return cache_features(self.dataset("train"), encoder=encoder, prepare=prepare, directory=self.cache_dir, view="plain")
-
     def train_dataloader(self) -> DataLoader[ConceptBatch]:
         """Shuffled batches of the training split; a new order and new views in each epoch."""
         annotations = "foreground" if self.foreground_in_training else "labels"

@@ -1,8 +1,8 @@
 """The features of a split, computed once by a frozen encoder and read from disk ever after.
 
-A cache is a folder `<split>-<key>` with `patches.npy` (n, N, D), `globals.npy` (n, D_g) and `meta.json`. The key names the
-encoder's weights, the preprocessing, the pictures and the view, so another encoder never meets old features; `meta.json`
-holds a checksum of each file. The folder is filled under another name and gets its own when it is whole.
+A cache is a folder `<split>-<key>` with `patches.npy` (n, N, D + L: patches and details side by side), `globals.npy` (n, D_g) and
+`meta.json`. The key names the encoder's weights, the preprocessing, the pictures and the view, so another encoder never meets old
+features; `meta.json` holds a checksum of each file. The folder is filled under another name and gets its own when it is whole.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ class FeatureCache:
     Attributes:
         path: Its folder.
         meta: What `meta.json` says.
-        shapes: (n, N, D) of the patches and (n, D_g) of the global tokens.
+        shapes: (n, N, D + L) of the patches and (n, D_g) of the global tokens.
         grid: (grid_h, grid_w).
         patch_width: D.
+        detail_width: L; 0 where the encoder gives no details.
         global_width: D_g.
     """
 
@@ -80,7 +81,8 @@ class FeatureCache:
         self._map()
         self.shapes: tuple[tuple[int, ...], tuple[int, ...]] = (self._patches.shape, self._globals.shape)
         self.grid: tuple[int, int] = tuple(self.meta["grid"])
-        self.patch_width = self._patches.shape[2]
+        self.detail_width: int = self.meta.get("detail_width", 0)
+        self.patch_width = self._patches.shape[2] - self.detail_width
         self.global_width = self._globals.shape[1]
 
     def __len__(self) -> int:
@@ -105,10 +107,12 @@ class FeatureCache:
             IndexError: A row that the split does not have.
         """
         rows = np.asarray(indices, dtype=np.int64).reshape(-1)
+        both_BNX = torch.from_numpy(self._patches[rows])
         return PatchFeatures(
-            patch_BND=torch.from_numpy(self._patches[rows]),
+            patch_BND=both_BNX[..., : self.patch_width],
             global_BD=torch.from_numpy(self._globals[rows]),
             grid=self.grid,
+            detail_BNL=both_BNX[..., self.patch_width :] if self.detail_width else None,
         )
 
 
@@ -176,9 +180,10 @@ def cache_features(
                 return FeatureCache(path, key=key)
             except DamagedCacheError as error:
                 warnings.warn(f"a feature cache cannot be used and is computed again: {error}", stacklevel=2)
+        detail_width = getattr(encoder, "detail_width", 0)
         layout = _Layout(
             num_pictures=len(dataset),
-            patch_shape=(encoder.grid[0] * encoder.grid[1], encoder.width),
+            patch_shape=(encoder.grid[0] * encoder.grid[1], encoder.width + detail_width),
             global_width=encoder.global_width,
             dtype=dtype,
         )
@@ -205,6 +210,7 @@ def cache_features(
                 "view": view,
                 "grid": list(encoder.grid),
                 "dtype": dtype,
+                "detail_width": detail_width,
                 "shapes": {"patches": [len(dataset), *layout.patch_shape], "globals": [len(dataset), layout.global_width]},
                 "checksums": {name: _checksum(partial / name) for name in _FILES},
                 "encoder": getattr(encoder, "settings", {}),
@@ -335,7 +341,9 @@ class _Writer:
             noted = time.monotonic()
             try:
                 for features in batches:
-                    for file, values in zip(files, (features.patch_BND, features.global_BD)):
+                    detail_BNL = features.detail_BNL
+                    patch_BNX = features.patch_BND if detail_BNL is None else torch.cat([features.patch_BND, detail_BNL], 2)
+                    for file, values in zip(files, (patch_BNX, features.global_BD)):
                         self._check_range(values)
                         file.write(np.ascontiguousarray(values.numpy().astype(self.layout.dtype)).data)
                     self.num_rows += len(features.global_BD)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dotcbm.encoders.timm_tower import timm_from_blueprint, timm_from_directory, timm_from_name
+from dotcbm.encoders.timm_tower import TimmTower, timm_from_blueprint, timm_from_directory, timm_from_name
 from dotcbm.encoders.tower import Tower
 from dotcbm.encoders.weights import MissingWeightsError, weights_digest
 from dotcbm.structures import PatchFeatures, Preprocessing, ResizeMode
@@ -31,6 +31,7 @@ class ImageEncoder(nn.Module):
         grid: (grid_h, grid_w) of the patches.
         width: D of the patches.
         global_width: D of the global token.
+        detail_width: L of the details; 0 without any.
         trainable: Whether its weights learn.
         settings: The arguments it was built with, as JSON values.
         blueprint: JSON values that describe the architecture without its weights. `ImageEncoder(**settings,
@@ -48,6 +49,7 @@ class ImageEncoder(nn.Module):
         pretrained: bool = True,
         allow_download: bool = False,
         trainable: bool = False,
+        detail: bool = True,
         blueprint: dict[str, Any] | None = None,
     ) -> None:
         """Args:
@@ -60,6 +62,8 @@ class ImageEncoder(nn.Module):
         allow_download: Fetch weights that are in no local cache. Without it no connection is opened.
         trainable: Let the weights learn. Otherwise they need no gradients, and the encoder stays in eval mode
             whatever mode its parent is in, so that batch statistics and dropout stay as they are.
+        detail: Give what the early stages see too (`PatchFeatures.detail_BNL`), where a frozen timm model has such stages; `DotCBM` finds
+            and reads parts by them.
         blueprint: Build this architecture with random weights and read no file; see above.
 
         Raises:
@@ -81,6 +85,7 @@ class ImageEncoder(nn.Module):
             "pretrained": pretrained,
             "allow_download": allow_download,
             "trainable": trainable,
+            "detail": detail,
         }
         if blueprint is not None:
             tower = _from_blueprint(blueprint, layer=layer)
@@ -96,10 +101,12 @@ class ImageEncoder(nn.Module):
         if resize == "squash":
             self.preprocessing = replace(tower.preprocessing, resize="squash", crop_fraction=1.0)
         self.tower = tower.module
+        if detail and not trainable and isinstance(self.tower, TimmTower):
+            self.tower.give_details()
         self.requires_grad_(trainable)
         if trainable:
             self.tower.to(memory_format=torch.channels_last)  # convolutions train nearly twice as fast so
-        self.grid, self.width, self.global_width = self._probe()
+        self.grid, self.width, self.global_width, self.detail_width = self._probe()
         self.train(trainable)
         self._forget()
         self.register_load_state_dict_post_hook(lambda module, _: module._forget())
@@ -129,12 +136,15 @@ class ImageEncoder(nn.Module):
         return self
 
     def fingerprint(self) -> str:
-        """A sha256 over architecture, layer, preprocessing and every weight; not over the name or the folder they came from."""
+        """A sha256 over architecture, layers, preprocessing and every weight; not over the name or the folder they came from."""
         told = {
             "blueprint": {key: value for key, value in self.blueprint.items() if key != "preprocessing"},
             "layer": self.settings["layer"],
             "preprocessing": self.preprocessing.to_dict(),
         }
+        layers = getattr(self.tower, "detail_layers", ())
+        if layers:
+            told["detail"] = list(layers)
         return weights_digest(self.tower.state_dict(), told=told)
 
     def _forget(self) -> None:
@@ -143,7 +153,7 @@ class ImageEncoder(nn.Module):
         self.tower.train()
         self.train(mode)
 
-    def _probe(self) -> tuple[tuple[int, int], int, int]:
+    def _probe(self) -> tuple[tuple[int, int], int, int, int]:
         height, width = self.preprocessing.size
         self.tower.eval()
         try:
@@ -153,7 +163,8 @@ class ImageEncoder(nn.Module):
             raise ValueError(
                 f"{self.name} cannot read pictures of {height} x {width} pixels at layer {self.settings['layer']}: {error}"
             ) from error
-        return features.grid, features.patch_BND.shape[2], features.global_BD.shape[1]
+        detail_width = 0 if features.detail_BNL is None else features.detail_BNL.shape[2]
+        return features.grid, features.patch_BND.shape[2], features.global_BD.shape[1], detail_width
 
 
 def _from_name(name: str, *, image_size: int | None, layer: int | None, pretrained: bool, allow_download: bool) -> Tower:

@@ -10,21 +10,26 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import timm
 import timm.models
+import torch
 from safetensors.torch import load_file
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, hub, nn
+from torch.nn import functional
 
 from dotcbm.encoders.tower import Tower, channels, interpolation_of, map_patches
 from dotcbm.encoders.weights import MissingWeightsError, cached_on_hub, near_matches
 from dotcbm.structures import PatchFeatures, Preprocessing
 
 __all__ = ["TimmTower", "timm_from_blueprint", "timm_from_directory", "timm_from_name"]
+
+_DETAIL_STRIDES = (8, 16)  # pixels a patch
 
 
 class TimmTower(nn.Module):
@@ -42,6 +47,7 @@ class TimmTower(nn.Module):
         super().__init__()
         self.model = model
         self.layer = layer
+        self.detail_layers: tuple[int, ...] = ()  # none, until `give_details`
         self.is_transformer = hasattr(model, "num_prefix_tokens")
         self.is_nhwc = getattr(model, "output_fmt", "NCHW") == "NHWC"
         has_cls = getattr(model, "cls_token", None) is not None
@@ -65,6 +71,19 @@ class TimmTower(nn.Module):
         Raises:
             ValueError: The model's features are no single map and no grid of tokens.
         """
+        features = self._patches(image_B3HW)
+        return replace(features, detail_BNL=self._details(image_B3HW, features.grid)) if self.detail_layers else features
+
+    def give_details(self) -> None:
+        """Add `PatchFeatures.detail_BNL` from now on, if the model has stages or blocks that are early enough.
+
+        Of stages of 8 and 16 pixels a patch (finer ones see edges, coarser ones the object), of a transformer the blocks at a quarter
+        and at half of its depth: the mean of each channel over a patch, and the mean of its square. Stages are first averaged to
+        twice the grid, so that the squares say how much a channel varies within a patch.
+        """
+        self.detail_layers = self._early_layers()
+
+    def _patches(self, image_B3HW: Tensor) -> PatchFeatures:
         if self.layer is None:
             features = self.model.forward_features(image_B3HW)  # pyright: ignore[reportCallIssue]
             return self.split(features, size=(image_B3HW.shape[2], image_B3HW.shape[3]))
@@ -74,26 +93,26 @@ class TimmTower(nn.Module):
         map_BDHW, prefix_BPD = found if isinstance(found, tuple) else (found, None)
         return self._of_map(map_BDHW, prefix_BPD)
 
-    def early_layers(self, strides: tuple[int, ...]) -> tuple[int, ...]:
-        """Numbers of the stages with these strides (pixels a patch) before the one whose features are given; of a transformer, whose
-        blocks all have one stride, the blocks at a quarter and at half of its depth. Empty where the model tells of none.
-        """
+    def _early_layers(self) -> tuple[int, ...]:
         if not hasattr(self.model, "forward_intermediates"):
             return ()
         if self.is_transformer:
-            depth = len(blocks) if isinstance(blocks := getattr(self.model, "blocks", None), nn.Sequential | nn.ModuleList) else 0
-            last = depth - 1 if self.layer is None else self.layer % depth if depth else 0
-            return tuple(sorted({depth // 4, depth // 2} & set(range(last))))
+            blocks = getattr(self.model, "blocks", None)
+            depth = len(blocks) if isinstance(blocks, nn.Sequential | nn.ModuleList) else 0
+            last = depth - 1 if self.layer is None or not depth else self.layer % depth
+            return tuple(sorted({depth // 4, depth // 2} & set(range(max(last, 0)))))
         stages = getattr(self.model, "feature_info", None) or []
-        reductions = [int(stage["reduction"]) for stage in stages] if isinstance(stages, list) else list(stages.reduction())
-        last = len(reductions) - 1 if self.layer is None else self.layer % len(reductions) if reductions else 0
-        return tuple(i for i, stride in enumerate(reductions[:last]) if stride in strides)
+        strides = [int(stage["reduction"]) for stage in stages] if isinstance(stages, list) else list(stages.reduction())
+        last = len(strides) - 1 if self.layer is None or not strides else self.layer % len(strides)
+        return tuple(i for i, stride in enumerate(strides[: max(last, 0)]) if stride in _DETAIL_STRIDES)
 
-    def intermediates(self, image_B3HW: Tensor, layers: tuple[int, ...]) -> list[Tensor]:
-        """(B, L, h, w) features of several stages or blocks, each with its own width and size."""
-        return self.model.forward_intermediates(  # pyright: ignore[reportCallIssue]
-            image_B3HW, indices=list(layers), stop_early=True, intermediates_only=True, output_fmt="NCHW"
+    def _details(self, image_B3HW: Tensor, grid: tuple[int, int]) -> Tensor:
+        maps = self.model.forward_intermediates(  # pyright: ignore[reportCallIssue]
+            image_B3HW, indices=list(self.detail_layers), stop_early=True, intermediates_only=True, output_fmt="NCHW"
         )
+        maps = [functional.adaptive_avg_pool2d(map_BLHW.float(), (2 * grid[0], 2 * grid[1])) for map_BLHW in maps]
+        map_BLHW = torch.cat(maps, 1)
+        return map_patches(functional.avg_pool2d(torch.cat([map_BLHW, map_BLHW.square()], 1), 2))
 
     def split(self, features: Tensor, *, size: tuple[int, int]) -> PatchFeatures:
         """What the model's `forward_features` gave for pictures of (height, width) `size`, as patches and a global token.

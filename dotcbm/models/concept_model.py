@@ -67,11 +67,15 @@ class ConceptModel(nn.Module):
         """
         super().__init__()
         problem = bottleneck.problem
-        if (encoder.width, encoder.global_width) != (problem.patch_width, problem.global_width):
-            raise ValueError(
-                f"the encoder {encoder.name} gives patches and global tokens of width {encoder.width} and {encoder.global_width}; "
-                f"the bottleneck was built for {problem.patch_width} and {problem.global_width}: this is another encoder"
-            )
+        for what, given, wanted in (
+            ("patches", encoder.width, problem.patch_width),
+            ("global tokens", encoder.global_width, problem.global_width),
+            ("details", encoder.detail_width if problem.detail_width else 0, problem.detail_width),
+        ):
+            if given != wanted:
+                raise ValueError(
+                    f"the encoder {encoder.name} gives {what} of width {given}; the bottleneck was built for {wanted}: another encoder"
+                )
         self.encoder = encoder
         self.bottleneck = bottleneck
         self.edits = ()

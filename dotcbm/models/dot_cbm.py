@@ -9,8 +9,9 @@ CVPR 2025 (arXiv 2505.07209). Patches are transported onto *parts*, and concepts
     x_gd      = sum_i seen_ig |f_id|^(p-1) f_id / sum_i seen_ig |f_id|^(p-1)
     logit_j   = w_j . (x_g(j) - mean) / scale + b_j
 
-The parts are found before the training, without part labels (`dotcbm.models.parts`). The last two lines weigh a channel by where in
-the part it is active (a Lehmer mean). The logit is a sum over patches and channels, so what a patch adds to it is exact.
+The parts are found before the training, without part labels (`dotcbm.models.parts`). x weighs a channel by where in the part it is
+active (a Lehmer mean); details, the encoder's early features, have their plain mean over the part beside it. The logit is a sum over
+patches and channels, so what a patch adds to it is exact.
 
 Departures from the paper, each with its reason; the rows are those of reports/winning.md. `PublishedDotCBM` is the printed form.
 
@@ -22,8 +23,9 @@ Departures from the paper, each with its reason; the rows are those of reports/w
 3. The patches' side of the transport is free by default (`relax_patch` 0): theta is then a reference measure, a part may find its
    place where others find theirs, and the plan is known in closed form. None is the paper's balanced plan, a positive number the KL
    penalty between the two. Rows "balanced", "relaxed".
-4. Readout: a linear value on what the encoder says of the part, weighted by activity. The printed score cannot leave sigmoid(1) (see
-   `dotcbm.models.readout`). Row "mean within the part".
+4. Readout: a linear value on what the encoder says of the part, weighted by activity, early and late. The printed score cannot leave
+   sigmoid(1) (see `dotcbm.models.readout`). The last features of any patch on the object know its class and, behind it, where such
+   objects live; early ones know what the patch shows. Rows "mean within the part", "without details".
 5. No adapters, no concept embeddings, no orthogonality losses: nothing is left for them to do. With 30 pictures a class a
    linear value with a penalty on its squares reads more than adapters do.
 6. The class head reads logits, which keep how sure a concept is. Row "head on probabilities".
@@ -32,6 +34,7 @@ Departures from the paper, each with its reason; the rows are those of reports/w
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -48,6 +51,7 @@ from dotcbm.transport.sinkhorn import sinkhorn
 __all__ = ["DotCBM", "HeadOn"]
 
 HeadOn = Literal["probability", "logit"]
+_SILENT = 1e-6
 
 
 class DotCBM(Bottleneck):
@@ -57,8 +61,8 @@ class DotCBM(Bottleneck):
     basis_DE: Tensor
     part_CE: Tensor
     share_GC: Tensor
-    mean_GD: Tensor
-    scale_GD: Tensor
+    mean_GX: Tensor
+    scale_GX: Tensor
     group_M: Tensor
     found: Tensor
 
@@ -69,19 +73,22 @@ class DotCBM(Bottleneck):
         num_parts: int = 12,
         num_clusterings: int = 8,
         part_width: int = 64,
+        scored: bool = True,
         patch_temperature: float = 0.25,
         patch_smoothing: int = 3,
         eps: float = 0.2,
         relax_patch: float | None = 0.0,
         iterations: int = 50,
         power: float = 2.0,
-        l2: float = 0.1,
+        read_details: bool = True,
+        l2: float = 0.2,
         head_on: HeadOn = "logit",
     ) -> None:
         """Args:
         problem: What the data and the encoder fix.
         num_parts: Parts of one clustering of the patches.
         num_clusterings: Clusterings, whose parts stand side by side: C = num_parts * num_clusterings. One alone is a matter of luck.
+        scored: Give each group of concepts the parts that predict it; else all of them alike, as a control.
         part_width: Width E of the space in which patches and parts are compared; at most the encoder's.
         patch_temperature: Of the patch prior's softmax, on standardised saliency; smaller keeps the maps to the object's middle.
         patch_smoothing: Side, odd, of the square of patches over which the saliency is averaged; 1 for no averaging.
@@ -89,6 +96,7 @@ class DotCBM(Bottleneck):
         relax_patch: Strength of the KL term that holds the plan's patch marginal to theta: 0 leaves it free, None makes it exact.
         iterations: Sinkhorn passes; without effect where relax_patch is 0.
         power: Of the Lehmer mean; 1 is the plain mean over the part.
+        read_details: Read the details beside the features, where the encoder gives them. Parts are found by them in any case.
         l2: Strength of the penalty l2 / 2 times the mean over concepts of the squared norm of their weights.
         head_on: What the class head reads. Logits carry more than the concepts' presence: better accuracy, more leakage.
 
@@ -101,12 +109,14 @@ class DotCBM(Bottleneck):
                 "num_parts": num_parts,
                 "num_clusterings": num_clusterings,
                 "part_width": part_width,
+                "scored": scored,
                 "patch_temperature": patch_temperature,
                 "patch_smoothing": patch_smoothing,
                 "eps": eps,
                 "relax_patch": relax_patch,
                 "iterations": iterations,
                 "power": power,
+                "read_details": read_details,
                 "l2": l2,
                 "head_on": head_on,
             },
@@ -120,7 +130,7 @@ class DotCBM(Bottleneck):
             raise ValueError(f"l2 is {l2}; a penalty is not negative")
         if head_on not in get_args(HeadOn):
             raise ValueError(f"head_on is {head_on!r}; choose one of {list(get_args(HeadOn))}")
-        self.num_parts, self.num_clusterings = num_parts, num_clusterings
+        self.num_parts, self.num_clusterings, self.scored = num_parts, num_clusterings, scored
         self.patch_temperature, self.patch_smoothing = patch_temperature, patch_smoothing
         self.eps, self.relax_patch, self.iterations = eps, relax_patch, iterations
         self.power, self.l2 = power, l2
@@ -134,10 +144,12 @@ class DotCBM(Bottleneck):
         self.register_buffer("basis_DE", torch.eye(width, part_width))
         self.register_buffer("part_CE", torch.zeros(num_all, part_width))
         self.register_buffer("share_GC", torch.full((num_groups, num_all), 1 / num_all))
-        self.register_buffer("mean_GD", torch.zeros(num_groups, width))
-        self.register_buffer("scale_GD", torch.ones(num_groups, width))
+        self.detail_width = problem.detail_width if read_details else 0
+        num_read = width + self.detail_width
+        self.register_buffer("mean_GX", torch.zeros(num_groups, num_read))
+        self.register_buffer("scale_GX", torch.ones(num_groups, num_read))
         self.register_buffer("found", torch.tensor(False))
-        self.concept = nn.Linear(width, num_concepts)
+        self.concept = nn.Linear(num_read, num_concepts)
         nn.init.zeros_(self.concept.weight)  # a convex problem: nothing is gained by chance
         with torch.no_grad():
             self.concept.bias.copy_(frequency_logit(problem))
@@ -155,22 +167,27 @@ class DotCBM(Bottleneck):
             if own.shape != value.shape:
                 raise ValueError(f"the parts' {name} has shape {tuple(value.shape)}; this bottleneck needs {tuple(own.shape)}")
             own.copy_(value)
-        share_GC = group_shares(parts.score_GC, num_clusterings=self.num_clusterings)
+        score_GC = parts.score_GC if self.scored else torch.zeros_like(parts.score_GC)
+        share_GC = group_shares(score_GC, num_clusterings=self.num_clusterings)
         if share_GC.shape != self.share_GC.shape:
             raise ValueError(f"the parts serve {len(share_GC)} groups of concepts; there are {len(self.share_GC)}")
         self.share_GC.copy_(share_GC)
         self.found.fill_(True)
 
     @torch.no_grad()
-    def set_scale(self, mean_GD: Tensor, deviation_GD: Tensor) -> None:
-        """Take the mean and deviation over the training pictures of what each group reads (`read`).
+    def set_scale(self, read_nGX: Tensor) -> None:
+        """Take mean and deviation of what each group reads of the training pictures (`read`).
 
-        Features are divided by the root of their deviation (in units of its mean over the features), so that the penalty trusts those
-        that hardly vary less than others.
+        Features are divided by the root of their deviation, in units of its mean over the patch features or over the details, so that
+        the penalty trusts those that hardly vary less than others.
         """
-        mean_deviation_G1 = deviation_GD.mean(1, keepdim=True).clamp(min=1e-6)
-        self.mean_GD.copy_(mean_GD)
-        self.scale_GD.copy_((deviation_GD.clamp(min=1e-3 * mean_deviation_G1) * mean_deviation_G1).sqrt())
+        self.mean_GX.copy_(read_nGX.mean(0))
+        width = self.problem.patch_width
+        for block in (slice(width), slice(width, None)):
+            deviation_GX = read_nGX[..., block].std(0, correction=0)
+            if deviation_GX.shape[1]:
+                typical_G1 = deviation_GX.mean(1, keepdim=True).clamp(min=1e-6)
+                self.scale_GX[:, block] = (deviation_GX.clamp(min=1e-3 * typical_G1) * typical_G1).sqrt()
 
     def prior(self, features: PatchFeatures) -> Tensor:
         """(B, N) theta."""
@@ -198,12 +215,18 @@ class DotCBM(Bottleneck):
         plan_BNC = transport.plan_BNM / transport.plan_BNM.sum(1, keepdim=True).clamp(min=1e-12)
         return plan_BNC @ self.share_GC.T, transport.residual_B
 
-    def read(self, patch_BND: Tensor, seen_BNG: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, G, D) Lehmer means of the patches that each group looks at, and (B, G, D) their denominators."""
-        active_BND = patch_BND.abs() ** (self.power - 1)
-        look_BGN = seen_BNG.transpose(1, 2)
-        below_BGD = (look_BGN @ active_BND).clamp(min=1e-6)
-        return look_BGN @ (active_BND * patch_BND) / below_BGD, below_BGD
+    def read(self, features: PatchFeatures, seen_BNG: Tensor) -> Tensor:
+        """(B, G, X) what each group reads of the patches that it looks at: the Lehmer means of the D features, and the means of the L
+        details (X = D + L).
+        """
+        features, look_BGN = self._wanted(features), seen_BNG.transpose(1, 2)
+        active_BND = self._active(features.patch_BND)
+        lehmer_BGD = look_BGN @ (active_BND * features.patch_BND) / (look_BGN @ active_BND)
+        return lehmer_BGD if features.detail_BNL is None else torch.cat([lehmer_BGD, look_BGN @ features.detail_BNL], 2)
+
+    def _active(self, patch_BND: Tensor) -> Tensor:
+        """(B, N, D) weights of a Lehmer mean; never 0, so that a channel that is silent in all of a part has the part's mean."""
+        return patch_BND.abs() ** (self.power - 1) + _SILENT
 
     def forward(self, features: PatchFeatures) -> ConceptOutput:
         """See `Bottleneck.forward`."""
@@ -216,20 +239,19 @@ class DotCBM(Bottleneck):
             features: See `Bottleneck.forward`.
             theta_BN: (B, N) sums to 1.
         """
-        patch_BND = features.patch_BND.to(self.head.weight.dtype)
-        theta_BN = theta_BN.to(patch_BND.dtype)
-        seen_BNG, residual_B = self.look(patch_BND, theta_BN)
-        feature_BGD, below_BGD = self.read(patch_BND, seen_BNG)
-        weight_MD = self.concept.weight / self.scale_GD[self.group_M]
-        centred_BMD = (feature_BGD - self.mean_GD)[:, self.group_M]
-        logit_BM = (centred_BMD * weight_MD).sum(2) + self.concept.bias
+        features = self._wanted(features)
+        theta_BN = theta_BN.to(features.patch_BND.dtype)
+        seen_BNG, residual_B = self.look(features.patch_BND, theta_BN)
+        weight_MX = self.concept.weight / self.scale_GX[self.group_M]
+        centred_BMX = (self.read(features, seen_BNG) - self.mean_GX)[:, self.group_M]
+        logit_BM = (centred_BMX * weight_MX).sum(2) + self.concept.bias
         seen_BNM = seen_BNG[:, :, self.group_M]
         num_concepts = seen_BNM.shape[2]
         return ConceptOutput(
             concept_logit_BM=logit_BM,
             class_logit_BK=self.classify(logit_BM),
             grid=features.grid,
-            evidence_BNM=None if self.training else self._evidence(patch_BND, seen_BNM, weight_MD, below_BGD),
+            evidence_BNM=None if self.training else self._evidence(features, seen_BNG, weight_MX),
             plan_BNM=seen_BNM / num_concepts,
             theta_BN=theta_BN,
             gamma_BM=torch.full_like(logit_BM, 1 / num_concepts),
@@ -237,13 +259,28 @@ class DotCBM(Bottleneck):
             losses={"l2": self.l2 / 2 * self.concept.weight.square().sum(1).mean()} if self.training and self.l2 else {},
         )
 
-    def _evidence(self, patch_BND: Tensor, seen_BNM: Tensor, weight_MD: Tensor, below_BGD: Tensor) -> Tensor:
-        """(B, N, M) seen_ij sum_d |f_id|^(p-1) (f_id - mean_d) w_jd / below_d: summed over i, the logit less its bias."""
-        active_BND = patch_BND.abs() ** (self.power - 1)
-        factor_BMD = weight_MD / below_BGD[:, self.group_M]
-        above_BNM = (active_BND * patch_BND) @ factor_BMD.transpose(1, 2)
-        mean_BNM = active_BND @ (factor_BMD * self.mean_GD[self.group_M]).transpose(1, 2)
-        return seen_BNM * (above_BNM - mean_BNM)
+    def _wanted(self, features: PatchFeatures) -> PatchFeatures:
+        """In the precision of the weights, with the details that the bottleneck was built for."""
+        if not self.detail_width:
+            features = replace(features, detail_BNL=None)
+        elif features.detail_BNL is None or features.detail_BNL.shape[2] != self.detail_width:
+            raise ValueError(f"the bottleneck reads {self.detail_width} details of each patch; the features hold none or others")
+        return features.to(dtype=self.head.weight.dtype)
+
+    def _evidence(self, features: PatchFeatures, seen_BNG: Tensor, weight_MX: Tensor) -> Tensor:
+        """(B, N, M) seen_ij (sum_d a_id (f_id - mean_d) w_jd / below_d + sum_l (detail_il - mean_l) w_jl), a_id as in `_active`, below_d
+        the Lehmer mean's denominator: summed over i, the logit less its bias.
+        """
+        active_BND = self._active(features.patch_BND)
+        mean_MX = self.mean_GX[self.group_M]
+        width = active_BND.shape[2]
+        factor_BMD = weight_MX[:, :width] / (seen_BNG.transpose(1, 2) @ active_BND)[:, self.group_M]
+        value_BNM = (active_BND * features.patch_BND) @ factor_BMD.transpose(1, 2)
+        value_BNM = value_BNM - active_BND @ (factor_BMD * mean_MX[:, :width]).transpose(1, 2)
+        if features.detail_BNL is not None:
+            detail_ML = weight_MX[:, width:]
+            value_BNM = value_BNM + features.detail_BNL @ detail_ML.T - (mean_MX[:, width:] * detail_ML).sum(1)
+        return seen_BNG[:, :, self.group_M] * value_BNM
 
     def head_input(self, concept_logit_BM: Tensor, context_BX: Tensor | None = None) -> Tensor:
         """(B, M) logits or probabilities."""

@@ -4,9 +4,10 @@ A part looks alike on all objects, so its patches form a cluster: on birds the b
 by key points, points at 80 % of them. Which cluster belongs to which group of concepts ("bill shape") is the question that
 class-level labels leave open, because the encoder's last features tell classes apart everywhere on the object. Two things answer it:
 
-- **Local features** (`detail`: early stages of the encoder, which see few pixels) know the colour of a wing only where the wing is.
+- **Details** (`PatchFeatures.detail_BNL`: early stages of the encoder, which see few pixels) know the colour of a wing only where the
+  wing is.
 - **Unseen classes.** A predictor that must name the wing's colour on classes that it has never seen cannot do so by knowing the
-  class. So a cluster is scored for a group by how well the local features that it collects predict the group's concepts in
+  class. So a cluster is scored for a group by how well the details that it collects predict the group's concepts in
   pictures of held-out classes (ridge regression, AUROC), less what it scores for the average group.
 
 The clusters of a group are weighted by a softmax of the score, and several clusterings stand side by side.
@@ -57,7 +58,6 @@ class Parts:
 
 def find_parts(
     patches: PatchFeatures,
-    detail_nNL: Tensor | None,
     *,
     concept_nM: Tensor,
     label_n: Tensor,
@@ -71,8 +71,8 @@ def find_parts(
     """See the head of this file.
 
     Args:
-        patches: Of n training pictures, in any precision; computed with where they lie.
-        detail_nNL: Local features on the same grid; None takes the patches in part space, which tells parts apart less well.
+        patches: Of n training pictures, in any precision; computed with where they lie. Without details the patches in part space
+            stand in for them, which give parts to groups less well.
         concept_nM: In [0, 1], NaN where unknown.
         label_n: Classes.
         group_M: Group of each concept, from 0.
@@ -88,6 +88,7 @@ def find_parts(
     foreground_FE = embedded_nNE[_foreground(patches)]
     if len(foreground_FE) < num_parts:
         raise ValueError(f"{len(foreground_FE)} patches of the training pictures stand out, too few for {num_parts} parts; lower num_parts")
+    detail_nNL = patches.detail_BNL
     if detail_nNL is None:
         detail_nNL = torch.cat([embedded_nNE, embedded_nNE.square()], 2)
     theta_nN = torch.cat([_wide_prior(patches, rows) for rows in torch.arange(len(label_n)).split(_CHUNK)])
@@ -237,5 +238,4 @@ def _foreground(patches: PatchFeatures) -> Tensor:
 
 
 def _wide_prior(patches: PatchFeatures, rows: Tensor) -> Tensor:
-    part = PatchFeatures(patch_BND=patches.patch_BND[rows], global_BD=patches.global_BD[rows], grid=patches.grid)
-    return patch_prior("norm", part, temperature=_TEMPERATURE, floor=0.0, smoothing=3)
+    return patch_prior("norm", patches.rows(rows), temperature=_TEMPERATURE, floor=0.0, smoothing=3)

@@ -91,7 +91,7 @@ class ClipTeacher(Teacher):
 
     @cached_property
     def _encoder(self) -> ImageEncoder:
-        encoder = ImageEncoder(self.name, image_size=self.image_size, resize=self.resize, allow_download=self.allow_download)
+        encoder = ImageEncoder(self.name, image_size=self.image_size, resize=self.resize, allow_download=self.allow_download, detail=False)
         return encoder.to(self.device).eval()
 
     def _embedded(self, names: tuple[str, ...]) -> Tensor:

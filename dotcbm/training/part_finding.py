@@ -1,7 +1,7 @@
 """Before the training: find the parts that a bottleneck transports patches onto, in the training pictures.
 
-It takes the plain view of at most `_MOST` pictures, drawn evenly from the classes, the encoder's features of them and its early
-ones, and the concepts that they are labelled with. Neither masks nor key points are read.
+It takes the plain view of at most `_MOST` pictures, drawn evenly from the classes, the encoder's features of them, and the
+concepts that they are labelled with. Neither masks nor key points are read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dotcbm.data.batches import mix_seed, prepare_view
 from dotcbm.data.datamodule import ConceptDataModule
-from dotcbm.encoders.detail import DetailEncoder, detail_encoder
 from dotcbm.encoders.image import ImageEncoder
 from dotcbm.models.dot_cbm import DotCBM
 from dotcbm.models.parts import find_parts
@@ -54,14 +53,11 @@ def prepare_parts(bottleneck: DotCBM, data: ConceptDataModule, encoder: ImageEnc
     """
     dataset = data.dataset("train")
     rows = _drawn(dataset.label_N, seed=seed)
-    detail = detail_encoder(encoder)
-    patches = _features(data, encoder, rows, device=device)
-    details = None if detail is None else _features(data, detail, rows, device=device)
+    patches = _features(data, encoder, rows, device=device).to(device)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         clusterings = progress.add_task("Finding parts", total=bottleneck.num_clusterings)
         parts = find_parts(
-            patches.to(device),
-            None if details is None else details.patch_BND.to(device),
+            patches,
             concept_nM=dataset.concept_NM[rows],
             label_n=dataset.label_N[rows],
             group_M=bottleneck.group_M.cpu(),
@@ -74,13 +70,14 @@ def prepare_parts(bottleneck: DotCBM, data: ConceptDataModule, encoder: ImageEnc
     bottleneck.set_parts(parts)
     read = []
     for part in torch.arange(len(rows)).split(_CHUNK):
-        chunk = PatchFeatures(patches.patch_BND[part], patches.global_BD[part], patches.grid).to(device, torch.float32)
+        chunk = patches.rows(part).to(dtype=torch.float32)
         seen_BNG, _ = bottleneck.look(chunk.patch_BND, bottleneck.prior(chunk))
-        read.append(bottleneck.read(chunk.patch_BND, seen_BNG)[0].cpu())
-    read_nGD = torch.cat(read)
-    bottleneck.set_scale(read_nGD.mean(0), read_nGD.std(0, correction=0))
-    of = "early features" if detail is not None else "the patches themselves: the encoder offers no early features"
-    rank_zero_info(f"Found {len(parts.part_CE)} parts in {len(rows)} training pictures, given to groups of concepts by {of}")
+        read.append(bottleneck.read(chunk, seen_BNG))
+    bottleneck.set_scale(torch.cat(read))
+    how = (
+        "details" if patches.detail_BNL is not None else "their patches: this encoder gives no details, which would tell them apart better"
+    )
+    rank_zero_info(f"Found {len(parts.part_CE)} parts in {len(rows)} training pictures, and which groups of concepts they show by {how}")
 
 
 def _drawn(label_N: Tensor, *, seed: int) -> Tensor:
@@ -96,20 +93,21 @@ def _drawn(label_N: Tensor, *, seed: int) -> Tensor:
     return order_N[turn_N.argsort(stable=True)[:_MOST]].sort().values
 
 
-def _features(data: ConceptDataModule, encoder: ImageEncoder | DetailEncoder, rows: Tensor, *, device: torch.device) -> PatchFeatures:
+def _features(data: ConceptDataModule, encoder: ImageEncoder, rows: Tensor, *, device: torch.device) -> PatchFeatures:
     """Of the plain view, on the CPU in half precision: from the cache, or computed now where features are not cached."""
-    if data.caches_features:
-        cache = data.cache_details(encoder, device=device) if isinstance(encoder, DetailEncoder) else data.cache("train", device=device)
-        assert cache is not None
-        read = [cache.read(part) for part in rows.split(_CHUNK)]
+    cache = data.cache("train", device=device)
+    if cache is not None:
+        read = [cache.read(part).to(dtype=torch.float16) for part in rows.split(_CHUNK)]
     else:
-        home = next(encoder.parameters()).device
-        dataset, prepare, read = data.dataset("train"), partial(prepare_view, preprocessing=encoder.preprocessing, view="plain"), []
+        home, dataset = next(encoder.parameters()).device, data.dataset("train")
+        prepare, read = partial(prepare_view, preprocessing=encoder.preprocessing, view="plain"), []
         for part in rows.split(_CHUNK // 8):
             pictures = [prepare(dataset.sample(row, masks=False)).image for row in part.tolist()]
             read.append(encoder(torch.stack([picture for picture in pictures if picture is not None]).to(home)).to("cpu", torch.float16))
+    details = [part.detail_BNL for part in read if part.detail_BNL is not None]
     return PatchFeatures(
-        patch_BND=torch.cat([part.patch_BND.half() for part in read]),
-        global_BD=torch.cat([part.global_BD.half() for part in read]),
+        patch_BND=torch.cat([part.patch_BND for part in read]),
+        global_BD=torch.cat([part.global_BD for part in read]),
         grid=read[0].grid,
+        detail_BNL=torch.cat(details) if details else None,
     )

@@ -185,6 +185,7 @@ class ConceptTask(LightningModule):
         problem = Problem(
             patch_width=self.encoder.width,
             global_width=self.encoder.global_width,
+            detail_width=self.encoder.detail_width,
             grid=self.encoder.grid,
             concepts=concepts,
             text_MD=None if self.text is None else self.text.encode(concepts.names).float().cpu(),

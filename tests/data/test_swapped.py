@@ -82,7 +82,7 @@ def test_a_bright_blob_is_found_where_it_lies_in_the_picture(size: tuple[int, in
     blob_HW = torch.zeros(size, dtype=torch.bool)
     top, bottom, left, right = 0.5 * size[0], 0.9 * size[0], size[1] / 8, size[1] / 2
     blob_HW[round(top) : round(bottom), round(left) : round(right)] = True
-    assert mask_HW[blob_HW].float().mean() > 0.95
+    assert mask_HW[blob_HW].float().mean() > 0.9
     # Smoothing adds a margin of less than a patch.
     y_X, x_X = (mask_HW & ~blob_HW).nonzero().T + 0.5
     patch_h, patch_w = size[0] / 10, size[1] / 8
@@ -96,12 +96,12 @@ def test_the_norms_are_smoothed_standardised_and_cut_as_written_out() -> None:
     for norm_N, mask_HW in zip(norm_BN.double(), masks, strict=True):
         grid = norm_N.view(3, 4)
         smooth = torch.stack([grid[max(r - 1, 0) : r + 2, max(c - 1, 0) : c + 2].mean() for r in range(3) for c in range(4)])
-        expected = (smooth - smooth.mean()) / ((smooth - smooth.mean()) ** 2).mean().sqrt() > 0.5
+        expected = (smooth - smooth.mean()) / ((smooth - smooth.mean()) ** 2).mean().sqrt() > 0.8
         assert mask_HW is not None
         assert torch.equal(mask_HW.flatten(), expected)
 
 
-def test_the_median_cuts_where_half_a_deviation_leaves_nothing() -> None:
+def test_the_median_cuts_where_the_deviations_leave_nothing() -> None:
     # A dark edge of an even map: the bulk lies less than half a deviation above the mean. Each picture for itself, not for its batch.
     norm_hw = torch.ones(8, 16) + 1e-4 * torch.arange(16)
     norm_hw[:, 0] = 0.0

@@ -17,17 +17,17 @@ GRID, D = (6, 6), 12
 N = GRID[0] * GRID[1]
 
 
-def make_problem(groups: tuple[str, ...] = ("wing", "wing", "tail", "tail"), num_classes: int = 12) -> Problem:
+def make_problem(groups: tuple[str, ...] = ("wing", "wing", "tail", "tail"), num_classes: int = 12, detail_width: int = 0) -> Problem:
     concepts = ConceptSet(
         names=tuple(f"concept {j}" for j in range(len(groups))),
         class_names=tuple(f"class {k}" for k in range(num_classes)),
         class_concept_KM=torch.rand(num_classes, len(groups), generator=torch.Generator().manual_seed(0)),
         groups=groups,
     )
-    return Problem(patch_width=D, global_width=D, grid=GRID, concepts=concepts)
+    return Problem(patch_width=D, global_width=D, grid=GRID, concepts=concepts, detail_width=detail_width)
 
 
-def planted(n: int = 240, seed: int = 0) -> tuple[PatchFeatures, torch.Tensor, torch.Tensor, torch.Tensor]:
+def planted(n: int = 240, seed: int = 0) -> tuple[PatchFeatures, torch.Tensor, torch.Tensor]:
     """Two parts, each on two patches of a random place, before a short background. The last features say the class on both of them,
     the details say the concept of the part that they lie on. Concepts 0 and 1 are the wing's two values, 2 and 3 the tail's.
     """
@@ -47,15 +47,14 @@ def planted(n: int = 240, seed: int = 0) -> tuple[PatchFeatures, torch.Tensor, t
                 detail_nNL[i, patch, part] += 6.0 * value_K2[label_n[i], part] - 3
     value_n2 = value_K2[label_n]
     concept_nM = torch.stack([value_n2[:, 0], 1 - value_n2[:, 0], value_n2[:, 1], 1 - value_n2[:, 1]], 1).float()
-    return PatchFeatures(patch_nND, patch_nND.mean(1), GRID), detail_nNL, concept_nM, torch.stack([label_n, *place_n2.T], 1)
+    return PatchFeatures(patch_nND, patch_nND.mean(1), GRID, detail_BNL=detail_nNL), concept_nM, torch.stack([label_n, *place_n2.T], 1)
 
 
 def found(bottleneck: DotCBM, **changes) -> tuple[Parts, PatchFeatures, torch.Tensor]:
-    patches, detail, concepts, label_and_places = planted()
+    patches, concepts, label_and_places = planted()
     arguments = {"concept_nM": concepts, "label_n": label_and_places[:, 0], "group_M": torch.tensor([0, 0, 1, 1]), **changes}
     parts = find_parts(
         patches,
-        detail,
         num_parts=bottleneck.num_parts,
         num_clusterings=bottleneck.num_clusterings,
         part_width=bottleneck.part_CE.shape[1],
@@ -86,7 +85,7 @@ def test_a_group_without_a_predictive_part_looks_everywhere_alike():
 
 def test_parts_do_not_depend_on_where_unknown_concepts_are_filled():
     bottleneck = DotCBM(make_problem(), num_parts=2, num_clusterings=1, part_width=4)
-    _, _, concepts, _ = planted()
+    _, concepts, _ = planted()
     holes = concepts.clone()
     holes[::7, 0] = torch.nan
     parts, _, _ = found(bottleneck, concept_nM=holes)
@@ -145,22 +144,30 @@ def test_shares_sum_to_one_and_ignore_how_good_a_part_is_on_average(num_clusteri
     st.sampled_from([1.0, 2.0, 3.0]),
     st.sampled_from([0.0, 0.2, None]),
     st.sampled_from([1, 3]),
+    st.sampled_from([0, 4]),
     st.integers(0, 1000),
 )
-def test_evidence_sums_to_the_logit(power, relax_patch, patch_smoothing, seed):
+def test_evidence_sums_to_the_logit(power, relax_patch, patch_smoothing, detail_width, seed):
     generator = torch.Generator().manual_seed(seed)
     bottleneck = DotCBM(
-        make_problem(), num_parts=3, num_clusterings=2, part_width=5, power=power, relax_patch=relax_patch, patch_smoothing=patch_smoothing
+        make_problem(detail_width=detail_width),
+        num_parts=3,
+        num_clusterings=2,
+        part_width=5,
+        power=power,
+        relax_patch=relax_patch,
+        patch_smoothing=patch_smoothing,
     ).double()
     bottleneck.eval()
     with torch.no_grad():
         bottleneck.part_CE.copy_(torch.randn(6, 5, generator=generator))
-        bottleneck.share_GC.copy_(torch.rand(2, 6, generator=generator).softmax(1))
-        bottleneck.concept.weight.copy_(torch.randn(4, D, generator=generator))
-        bottleneck.mean_GD.copy_(torch.randn(2, D, generator=generator))
-        bottleneck.scale_GD.copy_(0.5 + torch.rand(2, D, generator=generator))
+        bottleneck.share_GC.copy_(torch.rand(2, 6, generator=generator).double().softmax(1))
+        bottleneck.concept.weight.copy_(torch.randn(4, D + detail_width, generator=generator))
+        bottleneck.mean_GX.copy_(torch.randn(2, D + detail_width, generator=generator))
+        bottleneck.scale_GX.copy_(0.5 + torch.rand(2, D + detail_width, generator=generator))
         patch_BND = torch.randn(3, N, D, generator=generator).double()
-        output = bottleneck(PatchFeatures(patch_BND, patch_BND.mean(1), GRID))
+        detail_BNL = torch.randn(3, N, detail_width, generator=generator).double() if detail_width else None
+        output = bottleneck(PatchFeatures(patch_BND, patch_BND.mean(1), GRID, detail_BNL=detail_BNL))
     assert output.evidence_BNM is not None
     assert output.plan_BNM is not None
     assert output.gamma_BM is not None
@@ -171,7 +178,7 @@ def test_evidence_sums_to_the_logit(power, relax_patch, patch_smoothing, seed):
 def test_power_one_reads_the_mean_of_the_plan():
     bottleneck = DotCBM(make_problem(), power=1.0, num_parts=2, num_clusterings=1, part_width=4)
     patch_BND, seen_BNG = torch.randn(2, N, D), torch.rand(2, N, 2).softmax(1)
-    feature_BGD, _ = bottleneck.read(patch_BND, seen_BNG)
+    feature_BGD = bottleneck.read(PatchFeatures(patch_BND, patch_BND.mean(1), GRID), seen_BNG)
     torch.testing.assert_close(feature_BGD, torch.einsum("bng,bnd->bgd", seen_BNG, patch_BND))
 
 
@@ -201,7 +208,6 @@ def test_too_few_foreground_patches():
     with pytest.raises(ValueError, match="stand out, too few for 5 parts; lower num_parts"):
         find_parts(
             patches,
-            None,
             concept_nM=torch.ones(3, 4),
             label_n=torch.arange(3),
             group_M=torch.tensor([0, 0, 1, 1]),

@@ -1,0 +1,100 @@
+"""Parts are found before the training, once, from the training pictures alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from fakes.source import TinySource
+
+from dotcbm.encoders.image import ImageEncoder
+from dotcbm.hub import from_pretrained, save_pretrained
+from dotcbm.models.dot_cbm import DotCBM
+from dotcbm.training import part_finding
+
+parts = partial(DotCBM, num_parts=2, num_clusterings=2, part_width=8)
+
+
+def without_places(data):
+    """Masks and points of no picture can be read."""
+    for split, dataset in data._datasets.items():
+        data._datasets[split] = replace(dataset, read_foreground=None, read_part_masks=None, points_NP3=None, box_N4=None)
+    return data
+
+
+def fitted(run, **settings):
+    task = run.task(bottleneck=parts, **settings)
+    run.trainer(epochs=2).fit(task, datamodule=run.data())
+    return task
+
+
+def test_a_run_finds_parts_and_explains_itself(run):
+    task = fitted(run)
+    bottleneck = task.model.bottleneck
+    assert bool(bottleneck.found)
+    torch.testing.assert_close(bottleneck.part_CE.norm(dim=1), torch.ones(4))
+    assert bottleneck.detail_width == task.encoder.detail_width > 0
+    output = task.model.predict([torch.randint(0, 255, (3, 70, 60), dtype=torch.uint8)])
+    torch.testing.assert_close(output.evidence_BNM.sum(1) + bottleneck.concept.bias, output.concept_logit_BM, atol=1e-4, rtol=1e-4)
+
+
+def test_the_same_parts_with_and_without_a_cache(run):
+    cached, read_each_time = fitted(run), run.task(bottleneck=parts)
+    run.trainer(epochs=2, directory="other").fit(read_each_time, datamodule=run.data(cache_dir=None))
+    same = cached.model.bottleneck, read_each_time.model.bottleneck
+    torch.testing.assert_close(same[0].part_CE, same[1].part_CE, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(same[0].share_GC, same[1].share_GC, atol=1e-2, rtol=1e-2)
+
+
+def test_neither_masks_nor_points_are_read(run):
+    task, data = run.task(bottleneck=parts), run.data()
+    data.use_encoder(task.encoder)
+    for split in ("train", "val"):
+        data.dataset(split)
+    run.trainer(epochs=1, directory="blind").fit(task, datamodule=without_places(data))
+    torch.testing.assert_close(task.model.bottleneck.share_GC, fitted(run).model.bottleneck.share_GC)
+
+
+def test_a_resumed_run_keeps_its_parts(run, monkeypatch):
+    task = fitted(run)
+    monkeypatch.setattr("dotcbm.training.task.prepare_parts", lambda *a, **b: pytest.fail("the checkpoint brought the parts"))
+    resumed = run.task(bottleneck=parts)
+    run.trainer(epochs=3).fit(resumed, datamodule=run.data(), ckpt_path=str(run.folder / "run" / "last.ckpt"))
+    assert torch.equal(resumed.model.bottleneck.part_CE, task.model.bottleneck.part_CE)
+
+
+def test_a_saved_model_predicts_the_same(run, tmp_path):
+    model = fitted(run).model
+    save_pretrained(model, tmp_path / "saved")
+    again = from_pretrained(tmp_path / "saved")
+    picture = [torch.randint(0, 255, (3, 70, 60), dtype=torch.uint8)]
+    torch.testing.assert_close(again.predict(picture).class_logit_BK, model.predict(picture).class_logit_BK)
+
+
+def test_a_trainable_encoder_is_refused_before_training(run):
+    encoder = ImageEncoder("timm/test_resnet", pretrained=False, image_size=64, trainable=True)
+    with pytest.raises(ValueError, match=r"finds its parts in the features of a frozen encoder.*PublishedDotCBM"):
+        run.trainer().fit(run.task(bottleneck=parts, encoder=encoder), datamodule=run.data(cache_dir=None))
+
+
+def test_an_encoder_without_details_serves_too(run):
+    encoder = ImageEncoder("timm/test_resnet", pretrained=False, image_size=64, detail=False)
+    assert encoder.detail_width == 0
+    task = fitted(run, encoder=encoder)
+    assert bool(task.model.bottleneck.found)
+    assert task.model.bottleneck.detail_width == 0
+
+
+def test_pictures_are_drawn_evenly_from_the_classes(monkeypatch):
+    monkeypatch.setattr(part_finding, "_MOST", 9)
+    label_N = torch.tensor([0] * 50 + [1] * 4 + [2] * 3)
+    rows = part_finding._drawn(label_N, seed=0)
+    assert torch.bincount(label_N[rows]).tolist() == [3, 3, 3]
+    assert torch.equal(rows, rows.sort().values)
+    assert torch.equal(rows, part_finding._drawn(label_N, seed=0))
+
+
+def test_the_source_of_the_tests_has_groups_to_find():
+    assert len(TinySource().concepts.group_index_M().unique()) > 1
