@@ -13,6 +13,7 @@ bottom right one. So a point stays right when the picture is resized.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
@@ -145,6 +146,7 @@ class PatchFeatures:
         saliency_BN: (B, N) saliency from outside (a mask or a map averaged onto the grid), or None.
         detail_BNL: (B, N, L) what the encoder's early stages say of the pixels below each patch, or None where it tells of none. They
             know colour and texture of a small place, where the patches know the whole object.
+        read_BGX: (B, G, X) what a bottleneck has read of the patches already, in place of them (`Bottleneck.condense`), or None.
     """
 
     patch_BND: Tensor
@@ -152,27 +154,30 @@ class PatchFeatures:
     grid: tuple[int, int]
     saliency_BN: Tensor | None = None
     detail_BNL: Tensor | None = None
+    read_BGX: Tensor | None = None
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PatchFeatures:
         """The same on another device or in another precision."""
-        return replace(
-            self,
-            patch_BND=self.patch_BND.to(device, dtype),
-            global_BD=self.global_BD.to(device, dtype),
-            saliency_BN=None if self.saliency_BN is None else self.saliency_BN.to(device, dtype),
-            detail_BNL=None if self.detail_BNL is None else self.detail_BNL.to(device, dtype),
-        )
+        return replace(self, **{name: value.to(device, dtype) for name, value in self._tensors().items()})
 
     def rows(self, index: Tensor) -> PatchFeatures:
         """The pictures `index`, on the device where the features are."""
         index = index.to(self.patch_BND.device)
-        return replace(
-            self,
-            patch_BND=self.patch_BND[index],
-            global_BD=self.global_BD[index],
-            saliency_BN=None if self.saliency_BN is None else self.saliency_BN[index],
-            detail_BNL=None if self.detail_BNL is None else self.detail_BNL[index],
-        )
+        return replace(self, **{name: value[index] for name, value in self._tensors().items()})
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors together."""
+        return sum(value.nbytes for value in self._tensors().values())
+
+    @staticmethod
+    def cat(parts: Sequence[PatchFeatures]) -> PatchFeatures:
+        """The pictures of several batches, one after the other; what only some of them have is left out."""
+        names = set.intersection(*(set(part._tensors()) for part in parts))
+        return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+    def _tensors(self) -> dict[str, Any]:
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
 
 class PatchEncoder(Protocol):

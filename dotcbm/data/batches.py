@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -16,14 +16,16 @@ from dotcbm.data.source import BadPictureError, ConceptDataset
 from dotcbm.data.transforms import collate, prepare_sample
 from dotcbm.structures import ConceptBatch, ConceptSample, PatchFeatures, Preprocessing
 
-__all__ = ["VIEWS", "Annotations", "EpochSampler", "Row", "Rows", "View", "make_loader", "mix_seed", "prepare_view"]
+__all__ = ["VIEWS", "Annotations", "Condense", "EpochSampler", "Row", "Rows", "View", "make_loader", "mix_seed", "prepare_view"]
 
 Annotations = Literal["all", "foreground", "labels"]
 View = Literal["plain", "flip", "coarse", "flip_coarse", "swap", "flip_swap", "swap_coarse", "flip_swap_coarse"]
 VIEWS: tuple[View, ...] = get_args(View)
 """How a picture can be shown: as it is, mirrored, with the detail of a small picture, on the background of a picture of another class
 ("swap", see `dotcbm.data.swapped`), or several of these at once."""
-_AT_ONCE = 64  # pictures whose patches are in memory while they are averaged
+_AT_ONCE = 64  # pictures whose patches are in memory while they are condensed
+Condense = Callable[[PatchFeatures], PatchFeatures]
+"""What training needs of the features of a frozen encoder, where that is less than all of them (`Bottleneck.condense`)."""
 Row = tuple[int, int]
 """A row of a split and the number of the view it is shown in."""
 
@@ -112,7 +114,7 @@ class Rows(Dataset[ConceptBatch]):
         caches: Sequence[FeatureCache] | None = None,
         annotations: Annotations = "all",
         in_memory: bool = False,
-        mean_patch: bool = False,
+        condense: Condense | None = None,
         skip_bad: bool = False,
         device: torch.device | None = None,
     ) -> None:
@@ -124,7 +126,7 @@ class Rows(Dataset[ConceptBatch]):
         annotations: "labels" gives only labels and concepts (the batch's `size_B2` is then the input's), "foreground" adds
             points, box and the object's mask, "all" adds the part masks.
         in_memory: Keep what was read: features, and annotations as they were prepared.
-        mean_patch: Of cached features give the mean over the patches in their place, as one patch in float32, and keep it in memory.
+        condense: Of cached features give what this makes of them, computed once and kept in memory.
         skip_bad: Leave undecodable pictures out of their batch, with a warning, instead of raising.
         device: Where features in memory are kept and batches of them gathered: a GPU, if they leave half of its free memory to
             others, and main memory if not.
@@ -143,8 +145,8 @@ class Rows(Dataset[ConceptBatch]):
         self.annotations = annotations
         self.skip_bad = skip_bad
         self._resident: list[PatchFeatures] | None = None
-        if caches and mean_patch:
-            self._resident = [_mean_patches(cache) for cache in caches]
+        if caches and condense is not None:
+            self._resident = [_condensed(cache, condense) for cache in caches]
         elif caches and in_memory:
             self._resident = [cache.read(range(len(cache))) for cache in caches]
         if self._resident is not None and device is not None and _fits(self._resident, device):
@@ -169,13 +171,7 @@ class Rows(Dataset[ConceptBatch]):
         read = [self._read(number, rows[part]) for number, part in enumerate(parts) if len(part)]
         if len(read) == 1:
             return read[0]
-        details = [features.detail_BNL for features in read if features.detail_BNL is not None]
-        return PatchFeatures(
-            patch_BND=torch.cat([features.patch_BND for features in read]),
-            global_BD=torch.cat([features.global_BD for features in read]),
-            grid=read[0].grid,
-            detail_BNL=torch.cat(details) if details else None,
-        ).rows(torch.cat(parts).argsort())
+        return PatchFeatures.cat(read).rows(torch.cat(parts).argsort())
 
     def _read(self, view: int, rows: Tensor) -> PatchFeatures:
         if self._resident is not None:
@@ -226,14 +222,10 @@ class Rows(Dataset[ConceptBatch]):
         return sample
 
 
-def _mean_patches(cache: FeatureCache) -> PatchFeatures:
-    """The features of all rows, with the mean of the patches as the only patch."""
-    parts = [cache.read(rows) for rows in torch.arange(len(cache)).split(_AT_ONCE)]
-    return PatchFeatures(
-        patch_BND=torch.cat([part.patch_BND.float().mean(1, keepdim=True) for part in parts]),
-        global_BD=torch.cat([part.global_BD for part in parts]),
-        grid=(1, 1),
-    )
+@torch.no_grad()
+def _condensed(cache: FeatureCache, condense: Condense) -> PatchFeatures:
+    """What is made of the features of all rows, on the CPU."""
+    return PatchFeatures.cat([condense(cache.read(rows)).to("cpu") for rows in torch.arange(len(cache)).split(_AT_ONCE)])
 
 
 def _fits(kept: Sequence[PatchFeatures], device: torch.device) -> bool:
@@ -241,7 +233,7 @@ def _fits(kept: Sequence[PatchFeatures], device: torch.device) -> bool:
     if device.type != "cuda":
         return device.type == "cpu"
     free, _ = torch.cuda.mem_get_info(device)
-    return 2 * sum(features.patch_BND.nbytes + features.global_BD.nbytes for features in kept) <= free
+    return 2 * sum(features.nbytes for features in kept) <= free
 
 
 def _empty(dataset: ConceptDataset) -> ConceptBatch:

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dotcbm.data.batches import VIEWS, Annotations, Rows, View, make_loader, mix_seed, prepare_view
+from dotcbm.data.batches import VIEWS, Annotations, Condense, Rows, View, make_loader, mix_seed, prepare_view
 from dotcbm.data.features import FeatureCache, cache_features
 from dotcbm.data.loose_pictures import loose_pictures
 from dotcbm.data.source import ConceptDataset, ConceptSource
@@ -23,6 +23,7 @@ from dotcbm.structures import ConceptBatch, ConceptSet, PatchEncoder
 __all__ = ["ConceptDataModule"]
 
 _CARVED = ("train", "val")
+_CONDENSED = " condensed"
 _VALIDATION = 0x7A1  # separates the draw of the validation part from the other uses of the seed
 
 
@@ -96,7 +97,7 @@ class ConceptDataModule(LightningDataModule):
         self.in_memory = in_memory
         self.predict_files = predict_files
         self.predict_split = predict_split
-        self.mean_patch_in_training = False  # set by what is trained, see `Bottleneck.reads_mean`
+        self._condense: Condense | None = None
         self.skipped: list[str] = []
         self._encoder: PatchEncoder | None = None
         self._datasets: dict[str, ConceptDataset] = {}
@@ -122,6 +123,17 @@ class ConceptDataModule(LightningDataModule):
             self._caches = {key: held for key, held in self._caches.items() if key[0] not in _CARVED}
             self._rows = {key: held for key, held in self._rows.items() if key[0] not in _CARVED}
         self._seed = seed
+
+    @property
+    def condense_in_training(self) -> Condense | None:
+        """Set by what is trained (`Bottleneck.condense`): what the loaders of the training loop make of cached features."""
+        return self._condense
+
+    @condense_in_training.setter
+    def condense_in_training(self, condense: Condense | None) -> None:
+        if condense != self._condense:  # another bottleneck reads something else of the same features
+            self._rows = {key: held for key, held in self._rows.items() if not key[1].endswith(_CONDENSED)}
+        self._condense = condense
 
     @property
     def has_validation(self) -> bool:
@@ -246,14 +258,14 @@ class ConceptDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[ConceptBatch]:
         """Shuffled batches of the training split; a new order and new views in each epoch."""
         annotations = "foreground" if self.foreground_in_training else "labels"
-        return self._loader("train", annotations=annotations, views=self.views, shuffle=True, mean_patch=self.mean_patch_in_training)
+        return self._loader("train", annotations=annotations, views=self.views, shuffle=True, condense=self.condense_in_training)
 
     def val_dataloader(self) -> DataLoader[ConceptBatch] | list[DataLoader[ConceptBatch]]:
         """Batches of the validation split in order, without masks; no loader if there is no such split."""
         if not self.has_validation:
             return []
         annotations = "foreground" if self.foreground_in_training else "labels"
-        return self._loader("val", annotations=annotations, mean_patch=self.mean_patch_in_training)
+        return self._loader("val", annotations=annotations, condense=self.condense_in_training)
 
     def test_dataloader(self) -> list[DataLoader[ConceptBatch]]:
         """One loader for each of `evaluate_splits`, with all annotations."""
@@ -264,15 +276,15 @@ class ConceptDataModule(LightningDataModule):
         return self._loader(split, annotations="all" if places else "foreground" if self.foreground_in_training else "labels")
 
     def plain_loader(
-        self, split: str, *, annotations: Annotations = "labels", view: View = "plain", mean_patch: bool = False
+        self, split: str, *, annotations: Annotations = "labels", view: View = "plain", condense: Condense | None = None
     ) -> DataLoader:
         """All rows of a split once, in order, on this process, for work beside the training loop (fitting the head).
 
         Args:
             split, annotations, view: What is read.
-            mean_patch: See `dotcbm.data.batches.Rows`.
+            condense: See `dotcbm.data.batches.Rows`.
         """
-        rows = self._split_rows(split, annotations=annotations, views=(view,), mean_patch=mean_patch)
+        rows = self._split_rows(split, annotations=annotations, views=(view,), condense=condense)
         return make_loader(rows, batch_size=self.batch_size, num_workers=0)
 
     def predict_dataloader(self) -> DataLoader[ConceptBatch]:
@@ -347,13 +359,13 @@ class ConceptDataModule(LightningDataModule):
         annotations: Annotations,
         views: tuple[View, ...] = ("plain",),
         shuffle: bool = False,
-        mean_patch: bool = False,
+        condense: Condense | None = None,
     ) -> DataLoader[ConceptBatch]:
-        rows = self._split_rows(split, annotations=annotations, views=views, mean_patch=mean_patch)
+        rows = self._split_rows(split, annotations=annotations, views=views, condense=condense)
         return self._made(rows, shuffle=shuffle)
 
-    def _split_rows(self, split: str, *, annotations: Annotations, views: tuple[View, ...], mean_patch: bool = False) -> Rows:
-        key = (split, f"{annotations} {views} {mean_patch}")
+    def _split_rows(self, split: str, *, annotations: Annotations, views: tuple[View, ...], condense: Condense | None = None) -> Rows:
+        key = (split, f"{annotations} {views}{'' if condense is None else _CONDENSED}")
         if key not in self._rows:
             caches = [cache for view in views if (cache := self.cache(split, view=view)) is not None]
             trains = split in ("train", "val") and self.trainer is not None and self.num_workers == 0
@@ -364,7 +376,7 @@ class ConceptDataModule(LightningDataModule):
                 caches=caches or None,
                 annotations=annotations,
                 in_memory=self.in_memory,
-                mean_patch=mean_patch,
+                condense=condense,
                 device=self.trainer.strategy.root_device if self.trainer is not None and trains else None,
             )
         return self._rows[key]

@@ -6,6 +6,8 @@ B pictures, M concepts, K classes, F inputs of the class head.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +16,12 @@ from torch import Tensor, nn
 from dotcbm.losses import concept_loss
 from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
 
-__all__ = ["Bottleneck"]
+__all__ = ["Bottleneck", "mean_patch"]
+
+
+def mean_patch(features: PatchFeatures) -> PatchFeatures:
+    """The mean over the patches in their place, as one patch in float32."""
+    return replace(features, patch_BND=features.patch_BND.float().mean(1, keepdim=True), grid=(1, 1), detail_BNL=None)
 
 
 class Bottleneck(nn.Module, ABC):
@@ -32,8 +39,7 @@ class Bottleneck(nn.Module, ABC):
         reads_concepts: Whether the classes follow from the concepts. False only for black boxes.
         trains_on_truth: Whether `forward` wants the true concepts in training (`truth_BM`).
         head_by_gradient: Whether the head can only be trained together with the rest (regime "joint").
-        reads_mean: Whether concepts and classes depend on the patches through their mean alone (and on the global token), so that
-            training on one mean patch a picture is the same training. Maps still need the patches.
+        reads_mean: Whether concepts and classes depend on the patches through their mean alone (and on the global token).
     """
 
     head: nn.Linear
@@ -46,6 +52,14 @@ class Bottleneck(nn.Module, ABC):
         super().__init__()
         self.problem = problem
         self.settings = settings
+
+    @property
+    def condense(self) -> Callable[[PatchFeatures], PatchFeatures] | None:
+        """What makes of the features of a frozen encoder all that concepts and classes depend on, whatever the weights, where that is less.
+
+        Training on it is the same training; maps still need the patches. Equal for bottlenecks that make the same of them.
+        """
+        return mean_patch if self.reads_mean else None
 
     @abstractmethod
     def forward(self, features: PatchFeatures) -> ConceptOutput:

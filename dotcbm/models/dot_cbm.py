@@ -17,7 +17,7 @@ Departures from the paper, each with its reason; the rows are those of reports/w
 
 1. Parts between patches and concepts, in place of a column for each concept. Class-level labels say of each concept only in which
    pictures it is, and any place on the object serves to tell classes: no head trained on them pointed better than its prior alone. Rows
-   "patches to concepts", "parts at random".
+   "DOT-CBM, patches to concepts", "all parts alike".
 2. The prior is the smoothed norm. The longest feature lies at the object's rim as often as inside; the mean over neighbours does not.
    Row "prior not smoothed".
 3. The patches' side of the transport is free by default (`relax_patch` 0): theta is then a reference measure, a part may find its
@@ -34,6 +34,7 @@ Departures from the paper, each with its reason; the rows are those of reports/w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -228,9 +229,27 @@ class DotCBM(Bottleneck):
         """(B, N, D) weights of a Lehmer mean; never 0, so that a channel that is silent in all of a part has the part's mean."""
         return patch_BND.abs() ** (self.power - 1) + _SILENT
 
+    @property
+    def condense(self) -> Callable[[PatchFeatures], PatchFeatures] | None:
+        """See `Bottleneck.condense`: what the groups read, where it is fewer numbers than the patches. Once the parts are found, nothing
+        of it is learned.
+        """
+        problem = self.problem
+        num_numbers = problem.grid[0] * problem.grid[1] * (problem.patch_width + problem.detail_width)
+        return self._condensed if self.mean_GX.numel() < num_numbers else None
+
+    def _condensed(self, features: PatchFeatures) -> PatchFeatures:
+        features = features.to(self.part_CE.device, self.part_CE.dtype)
+        seen_BNG, _ = self.look(features.patch_BND, self.prior(features))
+        read_BGX = self._scaled(self.read(features, seen_BNG)).half()
+        return PatchFeatures(features.patch_BND[:, :0].half(), features.global_BD.half(), grid=(0, 0), read_BGX=read_BGX)
+
     def forward(self, features: PatchFeatures) -> ConceptOutput:
-        """See `Bottleneck.forward`."""
-        return self.transported(features, self.prior(features))
+        """See `Bottleneck.forward`; of condensed features without maps."""
+        if features.read_BGX is None:
+            return self.transported(features, self.prior(features))
+        logit_BM = self._logits(features.read_BGX.to(self.head.weight.dtype))
+        return ConceptOutput(logit_BM, self.classify(logit_BM), grid=features.grid, losses=self._penalty())
 
     def transported(self, features: PatchFeatures, theta_BN: Tensor) -> ConceptOutput:
         """`forward` with a patch prior from outside.
@@ -242,22 +261,30 @@ class DotCBM(Bottleneck):
         features = self._wanted(features)
         theta_BN = theta_BN.to(features.patch_BND.dtype)
         seen_BNG, residual_B = self.look(features.patch_BND, theta_BN)
-        weight_MX = self.concept.weight / self.scale_GX[self.group_M]
-        centred_BMX = (self.read(features, seen_BNG) - self.mean_GX)[:, self.group_M]
-        logit_BM = (centred_BMX * weight_MX).sum(2) + self.concept.bias
+        logit_BM = self._logits(self._scaled(self.read(features, seen_BNG)))
         seen_BNM = seen_BNG[:, :, self.group_M]
         num_concepts = seen_BNM.shape[2]
         return ConceptOutput(
             concept_logit_BM=logit_BM,
             class_logit_BK=self.classify(logit_BM),
             grid=features.grid,
-            evidence_BNM=None if self.training else self._evidence(features, seen_BNG, weight_MX),
+            evidence_BNM=None if self.training else self._evidence(features, seen_BNG),
             plan_BNM=seen_BNM / num_concepts,
             theta_BN=theta_BN,
             gamma_BM=torch.full_like(logit_BM, 1 / num_concepts),
             residual_B=residual_B,
-            losses={"l2": self.l2 / 2 * self.concept.weight.square().sum(1).mean()} if self.training and self.l2 else {},
+            losses=self._penalty(),
         )
+
+    def _scaled(self, read_BGX: Tensor) -> Tensor:
+        return (read_BGX - self.mean_GX) / self.scale_GX
+
+    def _logits(self, scaled_BGX: Tensor) -> Tensor:
+        """(B, M)."""
+        return (scaled_BGX[:, self.group_M] * self.concept.weight).sum(2) + self.concept.bias
+
+    def _penalty(self) -> dict[str, Tensor]:
+        return {"l2": self.l2 / 2 * self.concept.weight.square().sum(1).mean()} if self.training and self.l2 else {}
 
     def _wanted(self, features: PatchFeatures) -> PatchFeatures:
         """In the precision of the weights, with the details that the bottleneck was built for."""
@@ -267,11 +294,11 @@ class DotCBM(Bottleneck):
             raise ValueError(f"the bottleneck reads {self.detail_width} details of each patch; the features hold none or others")
         return features.to(dtype=self.head.weight.dtype)
 
-    def _evidence(self, features: PatchFeatures, seen_BNG: Tensor, weight_MX: Tensor) -> Tensor:
+    def _evidence(self, features: PatchFeatures, seen_BNG: Tensor) -> Tensor:
         """(B, N, M) seen_ij (sum_d a_id (f_id - mean_d) w_jd / below_d + sum_l (detail_il - mean_l) w_jl), a_id as in `_active`, below_d
         the Lehmer mean's denominator: summed over i, the logit less its bias.
         """
-        active_BND = self._active(features.patch_BND)
+        weight_MX, active_BND = self.concept.weight / self.scale_GX[self.group_M], self._active(features.patch_BND)
         mean_MX = self.mean_GX[self.group_M]
         width = active_BND.shape[2]
         factor_BMD = weight_MX[:, :width] / (seen_BNG.transpose(1, 2) @ active_BND)[:, self.group_M]

@@ -104,10 +104,4 @@ def _features(data: ConceptDataModule, encoder: ImageEncoder, rows: Tensor, *, d
         for part in rows.split(_CHUNK // 8):
             pictures = [prepare(dataset.sample(row, masks=False)).image for row in part.tolist()]
             read.append(encoder(torch.stack([picture for picture in pictures if picture is not None]).to(home)).to("cpu", torch.float16))
-    details = [part.detail_BNL for part in read if part.detail_BNL is not None]
-    return PatchFeatures(
-        patch_BND=torch.cat([part.patch_BND for part in read]),
-        global_BD=torch.cat([part.global_BD for part in read]),
-        grid=read[0].grid,
-        detail_BNL=torch.cat(details) if details else None,
-    )
+    return PatchFeatures.cat(read)

@@ -24,7 +24,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from dotcbm.data.batches import mix_seed
+from dotcbm.data.batches import Condense, mix_seed
 from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.encoders.image import ImageEncoder
 from dotcbm.encoders.text import TextEncoder
@@ -164,7 +164,7 @@ class ConceptTask(LightningModule):
         if stage != "fit":
             return
         bottleneck = self.model.bottleneck
-        data.mean_patch_in_training = self._mean_patch
+        data.condense_in_training = self._condense
         if bottleneck.head_by_gradient and self.regime != "joint":
             raise ValueError(f"the head of {type(bottleneck).__name__} is trained by gradients; set regime to 'joint', not {self.regime!r}")
         if self.regime == "independent":
@@ -342,11 +342,11 @@ class ConceptTask(LightningModule):
         if self.regime == "independent":
             collected = [true_head_input(self.model.bottleneck, data.dataset("train"))]
         else:
-            loaders = (data.plain_loader("train", annotations=self._annotations, view=view, mean_patch=self._mean_patch) for view in views)
+            loaders = (data.plain_loader("train", annotations=self._annotations, view=view, condense=self._condense) for view in views)
             collected = [collect_head_input(self.model, loader) for loader in loaders]
         val = None
         if data.has_validation:
-            loader = data.plain_loader("val", annotations=self._annotations, mean_patch=self._mean_patch)
+            loader = data.plain_loader("val", annotations=self._annotations, condense=self._condense)
             val = collect_head_input(self.model, loader)
         inputs, labels = torch.cat([inputs for inputs, _ in collected]), torch.cat([labels for _, labels in collected])
         num_classes = self.model.concepts.num_classes
@@ -370,8 +370,8 @@ class ConceptTask(LightningModule):
             logger.log_metrics(figures, step=self.global_step)
 
     @property
-    def _mean_patch(self) -> bool:
-        return type(self.model.bottleneck).reads_mean and not self.encoder.trainable
+    def _condense(self) -> Condense | None:
+        return None if self.encoder.trainable else self.model.bottleneck.condense
 
     @property
     def _annotations(self) -> Literal["foreground", "labels"]:

@@ -98,3 +98,28 @@ def test_pictures_are_drawn_evenly_from_the_classes(monkeypatch):
 
 def test_the_source_of_the_tests_has_groups_to_find():
     assert len(TinySource().concepts.group_index_M().unique()) > 1
+
+
+def test_training_on_what_is_read_once_is_the_same_training(run, monkeypatch):
+    encoder = ImageEncoder("timm/test_resnet", pretrained=False, image_size=128)  # more patches than groups
+    condensed = fitted(run, encoder=encoder)
+    batch = next(iter(condensed.data.train_dataloader()))
+    assert batch.features.read_BGX is not None
+    monkeypatch.setattr(DotCBM, "condense", None)
+    whole = run.task(bottleneck=parts, encoder=encoder)
+    run.trainer(epochs=2, directory="whole").fit(whole, datamodule=run.data())
+    assert next(iter(whole.data.train_dataloader())).features.read_BGX is None
+    # Adam makes steps of its rate from the rounding of a channel that never varies: predictions are compared, not weights.
+    picture = [torch.randint(0, 255, (3, 70, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))]
+    one, other = condensed.model.predict(picture), whole.model.predict(picture)
+    torch.testing.assert_close(one.concept_logit_BM, other.concept_logit_BM, atol=2e-2, rtol=1e-2)
+
+
+def test_two_models_in_turn_on_the_same_data_read_their_own_parts(run):
+    data = run.data()
+    first, second = run.task(bottleneck=parts), run.task(bottleneck=partial(DotCBM, num_parts=3, num_clusterings=1, part_width=8))
+    run.trainer(epochs=1, directory="first").fit(first, datamodule=data)
+    run.trainer(epochs=1, directory="second").fit(second, datamodule=data)
+    alone = run.task(bottleneck=partial(DotCBM, num_parts=3, num_clusterings=1, part_width=8))
+    run.trainer(epochs=1, directory="alone").fit(alone, datamodule=run.data())
+    torch.testing.assert_close(second.model.bottleneck.concept.weight, alone.model.bottleneck.concept.weight)
