@@ -52,7 +52,7 @@ from dotcbm.transport.sinkhorn import sinkhorn
 __all__ = ["DotCBM", "HeadOn"]
 
 HeadOn = Literal["probability", "logit"]
-_SILENT = 1e-6
+_SILENT = 1e-6  # weight of a patch in which a channel is silent: for nothing but 0 / 0
 
 
 class DotCBM(Bottleneck):
