@@ -3,7 +3,7 @@
 After Xie et al., "Discovering Fine-Grained Visual-Concept Relations by Disentangled Optimal Transport Concept Bottleneck Models",
 CVPR 2025 (arXiv 2505.07209). Patches are transported onto *parts*, and concepts read what arrived at the part that they speak of:
 
-    theta_i   = softmax_i(saliency_i / patch_temperature)    patch prior: norms of the features, averaged over 3 x 3 patches
+    theta_i   ~ sigmoid((saliency_i - core) / softness)      patch prior: norms of the features, averaged over 3 x 3 patches
     plan_ic   = transport of theta onto C parts at the cost 1 - cos(patch_i, part_c), entropy eps, and every part the same mass
     seen_ig   = sum_c share_gc C plan_ic                     what a group of concepts ("bill shape") looks at; sums to 1 over the patches
     x_gd      = sum_i seen_ig |f_id|^(p-1) f_id / sum_i seen_ig |f_id|^(p-1)
@@ -18,8 +18,9 @@ Departures from the paper, each with its reason; the rows are those of reports/w
 1. Parts between patches and concepts, in place of a column for each concept. Class-level labels say of each concept only in which
    pictures it is, and any place on the object serves to tell classes: no head trained on them pointed better than its prior alone. Rows
    "DOT-CBM, patches to concepts", "all parts alike".
-2. The prior is the smoothed norm. The longest feature lies at the object's rim as often as inside; the mean over neighbours does not.
-   Row "prior not smoothed".
+2. The prior is the core of the smoothed norm. The longest feature lies at the object's rim as often as inside; the mean over neighbours
+   does not. A softmax of it would send all concepts to one spot before the parts are asked; the core is even. Rows "prior not
+   smoothed", "softmax 0.25" to "softmax 1".
 3. The patches' side of the transport is free by default (`relax_patch` 0): theta is then a reference measure, a part may find its
    place where others find theirs, and the plan is known in closed form. None is the paper's balanced plan, a positive number the KL
    penalty between the two. Rows "balanced", "relaxed".
@@ -46,7 +47,7 @@ from dotcbm.models.parts import Parts, group_shares
 from dotcbm.models.readout import frequency_logit
 from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
 from dotcbm.transport.cost import cosine_cost
-from dotcbm.transport.priors import patch_prior
+from dotcbm.transport.priors import core_prior, patch_prior
 from dotcbm.transport.sinkhorn import sinkhorn
 
 __all__ = ["DotCBM", "HeadOn"]
@@ -75,9 +76,11 @@ class DotCBM(Bottleneck):
         num_clusterings: int = 8,
         part_width: int = 64,
         scored: bool = True,
+        core: float | None = 0.85,
+        softness: float = 0.025,
         patch_temperature: float = 0.25,
         patch_smoothing: int = 3,
-        eps: float = 0.2,
+        eps: float = 0.1,
         relax_patch: float | None = 0.0,
         iterations: int = 50,
         power: float = 2.0,
@@ -91,7 +94,10 @@ class DotCBM(Bottleneck):
         num_clusterings: Clusterings, whose parts stand side by side: C = num_parts * num_clusterings. One alone is a matter of luck.
         scored: Give each group of concepts the parts that predict it; else all of them alike, as a control.
         part_width: Width E of the space in which patches and parts are compared; at most the encoder's.
-        patch_temperature: Of the patch prior's softmax, on standardised saliency; smaller keeps the maps to the object's middle.
+        core: Where the core of what stands out begins (`dotcbm.transport.priors.core_prior`); lower, and the maps reach further to
+            the rim and over it. None for a softmax of the saliency.
+        softness: Of the core's edge.
+        patch_temperature: Of that softmax, on standardised saliency; without effect where there is a core.
         patch_smoothing: Side, odd, of the square of patches over which the saliency is averaged; 1 for no averaging.
         eps: Entropy of the plan, on costs in [0, 2]; smaller tells parts apart more sharply.
         relax_patch: Strength of the KL term that holds the plan's patch marginal to theta: 0 leaves it free, None makes it exact.
@@ -111,6 +117,8 @@ class DotCBM(Bottleneck):
                 "num_clusterings": num_clusterings,
                 "part_width": part_width,
                 "scored": scored,
+                "core": core,
+                "softness": softness,
                 "patch_temperature": patch_temperature,
                 "patch_smoothing": patch_smoothing,
                 "eps": eps,
@@ -132,6 +140,7 @@ class DotCBM(Bottleneck):
         if head_on not in get_args(HeadOn):
             raise ValueError(f"head_on is {head_on!r}; choose one of {list(get_args(HeadOn))}")
         self.num_parts, self.num_clusterings, self.scored = num_parts, num_clusterings, scored
+        self.core, self.softness = core, softness
         self.patch_temperature, self.patch_smoothing = patch_temperature, patch_smoothing
         self.eps, self.relax_patch, self.iterations = eps, relax_patch, iterations
         self.power, self.l2 = power, l2
@@ -192,6 +201,8 @@ class DotCBM(Bottleneck):
 
     def prior(self, features: PatchFeatures) -> Tensor:
         """(B, N) theta."""
+        if self.core is not None:
+            return core_prior(features, core=self.core, softness=self.softness, smoothing=self.patch_smoothing)
         return patch_prior("norm", features, temperature=self.patch_temperature, floor=0.0, smoothing=self.patch_smoothing)
 
     def look(self, patch_BND: Tensor, theta_BN: Tensor) -> tuple[Tensor, Tensor]:

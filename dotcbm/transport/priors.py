@@ -16,7 +16,17 @@ from torch.nn import functional as F
 from dotcbm.structures import ConceptSet, PatchFeatures
 from dotcbm.transport.cost import unit
 
-__all__ = ["ConceptPrior", "PatchPrior", "concept_prior", "map_to_grid", "neighbour_mean", "patch_prior", "perplexity", "standardise"]
+__all__ = [
+    "ConceptPrior",
+    "PatchPrior",
+    "concept_prior",
+    "core_prior",
+    "map_to_grid",
+    "neighbour_mean",
+    "patch_prior",
+    "perplexity",
+    "standardise",
+]
 
 PatchPrior = Literal["dot", "cosine", "norm", "uniform", "external", "border"]
 ConceptPrior = Literal["eq18", "figure2", "frequency", "uniform"]
@@ -70,6 +80,34 @@ def patch_prior(
         saliency_BN = standardise(saliency_BN)
     theta_BN = torch.softmax(saliency_BN / temperature, dim=-1)
     return (1 - floor) * theta_BN + floor / theta_BN.shape[-1]
+
+
+def core_prior(features: PatchFeatures, *, core: float, softness: float, smoothing: int = 3) -> Tensor:
+    """The patch marginal that is even over the core of what stands out: theta ~ sigmoid((S / max S - core) / softness), S the norms of the
+    patches, averaged over neighbours (`neighbour_mean`) and standardised in each picture.
+
+    Unlike a softmax of S it does not prefer one place of the core to another: where in it to look is left to the transport.
+
+    Args:
+        features: Of the batch.
+        core: Share of the way from a picture's mean to its maximum from which a patch belongs to the core, below 1.
+        softness: Of the edge, > 0, in the same units.
+        smoothing: Side, odd, of the square of patches over which norms are averaged.
+
+    Returns:
+        (B, N) theta, float32 at least, sums to 1; even over all patches where nothing stands out.
+
+    Raises:
+        ValueError: core, softness or smoothing out of range.
+    """
+    if not core < 1:
+        raise ValueError(f"core is {core}; at 1 and above no patch belongs to it")
+    if not softness > 0:
+        raise ValueError(f"softness is {softness}; it must be positive")
+    saliency_BN = standardise(neighbour_mean(_saliency("norm", features, None), features.grid, side=smoothing))
+    highest_B1 = saliency_BN.amax(-1, keepdim=True)
+    share_BN = saliency_BN / highest_B1.where(highest_B1 > 0, 1.0)
+    return F.logsigmoid((share_BN - core) / softness).softmax(-1)
 
 
 def concept_prior(

@@ -2,7 +2,8 @@
 
     python reports/winning/draw.py "CBM=runs/studies/winning/models/<run>" "DOT-CBM=runs/studies/winning/models/<run>"
 
-One picture, the middle one of the test split; of the groups of concepts with a part, the first concept that the bird has, 12 at most.
+One picture, the middle one of the test split, cut to the bird and its surroundings; of the groups of concepts with a part, the first
+concept that the bird has, 12 at most.
 The photo belongs to its photographer, so the bird's mask stands in for it; `--photo FILE` draws over the photo as well, for your own eyes.
 A cross marks each visible key point of the concept's part.
 """
@@ -23,6 +24,7 @@ from dotcbm.data.cub import CUB
 HERE = Path(__file__).parent
 GROUND, BIRD = 0.93, 0.72
 COLUMNS = 12
+_MARGIN = 0.3  # around the bird, in shares of its box
 
 
 def chosen_concepts(concepts: dotcbm.ConceptSet, truth_M: Tensor) -> list[int]:
@@ -48,6 +50,11 @@ def main() -> None:
     assert sample.points_P3 is not None
     shown = chosen_concepts(dataset.concepts, sample.concepts_M)
     height, width = sample.size
+    assert sample.box_4 is not None
+    x0, y0, x1, y1 = sample.box_4.tolist()
+    margin_x, margin_y = _MARGIN * (x1 - x0), _MARGIN * (y1 - y0)
+    left, right = max(x0 - margin_x, 0) * width, min(x1 + margin_x, 1) * width
+    top, bottom = max(y0 - margin_y, 0) * height, min(y1 + margin_y, 1) * height
     silhouette_HW = torch.where(sample.foreground_HW.bool(), BIRD, GROUND)
     maps: dict[str, Tensor] = {}
     for pair in given.models:
@@ -69,6 +76,8 @@ def main() -> None:
                 for part, (x, y, visible) in zip(dataset.concepts.part_names, sample.points_P3.tolist(), strict=True):
                     if visible > 0.5 and part in (dataset.concepts.parts or ())[j]:
                         axis.plot(x * width, y * height, "+", color="cyan", markersize=7, markeredgewidth=1.5)
+                axis.set_xlim(left, right)
+                axis.set_ylim(bottom, top)
                 axis.set_xticks([])
                 axis.set_yticks([])
             row[0].set_ylabel(name, fontsize=8)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dotcbm.structures import ConceptSet, PatchFeatures
-from dotcbm.transport.priors import concept_prior, map_to_grid, patch_prior, perplexity
+from dotcbm.transport.priors import concept_prior, core_prior, map_to_grid, neighbour_mean, patch_prior, perplexity
 
 KINDS = ["dot", "cosine", "norm", "uniform", "external", "border"]
 NAN = float("nan")
@@ -221,3 +221,61 @@ def test_maps_are_averaged_over_each_patch():
     )
     with pytest.raises(ValueError, match=r"map has shape \(4, 6\); give \(B, H, W\)"):
         map_to_grid(mask[0], (2, 3))
+
+
+def blob(grid: tuple[int, int] = (8, 8)) -> PatchFeatures:
+    """A square of 4 x 4 long patches, and one longer patch away from it."""
+    norm_hw = torch.ones(grid)
+    norm_hw[2:6, 2:6] = 3.0
+    norm_hw[0, 7] = 5.0
+    patch_1ND = norm_hw.flatten()[None, :, None] * torch.nn.functional.normalize(torch.ones(1, 1, 5), dim=-1)
+    return PatchFeatures(patch_1ND, patch_1ND.mean(1), grid)
+
+
+def test_the_core_is_even_inside_and_empty_outside():
+    theta_hw = core_prior(blob(), core=0.8, softness=0.01).view(8, 8)
+    torch.testing.assert_close(theta_hw.sum(), torch.tensor(1.0))
+    # The inner 2 x 2 have nine long neighbours each; the lone long patch has none, and is no part of the core.
+    torch.testing.assert_close(theta_hw[3:5, 3:5], torch.full((2, 2), 0.25), atol=1e-3, rtol=0)
+    assert theta_hw[0, 7] < 1e-6
+
+
+def test_without_averaging_the_longest_patch_is_the_core():
+    theta_N = core_prior(blob(), core=0.8, softness=0.01, smoothing=1)[0]
+    assert theta_N.argmax() == 7
+    assert theta_N[7] > 0.99
+
+
+def test_nothing_stands_out_of_an_even_picture():
+    patch = torch.ones(2, 9, 4)
+    torch.testing.assert_close(core_prior(PatchFeatures(patch, patch.mean(1), (3, 3)), core=0.8, softness=0.1), torch.full((2, 9), 1 / 9))
+
+
+@given(st.floats(-1, 0.95), st.floats(0.01, 1), st.sampled_from([1, 3, 5]), st.floats(0.1, 100), st.integers(0, 1000))
+def test_the_core_sums_to_one_and_ignores_the_scale_of_the_features(core, softness, smoothing, scale, seed):
+    patch = torch.randn(2, 20, 6, generator=torch.Generator().manual_seed(seed)).double()
+    theta, scaled = (
+        core_prior(PatchFeatures(x, x.mean(1), (4, 5)), core=core, softness=softness, smoothing=smoothing) for x in (patch, scale * patch)
+    )
+    torch.testing.assert_close(theta.sum(1), torch.ones(2, dtype=theta.dtype))
+    torch.testing.assert_close(theta, scaled, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [({"core": 1.0}, "core is 1.0"), ({"softness": 0.0}, "softness is 0.0"), ({"smoothing": 2}, "square of 2 patches")],
+)
+def test_cores_out_of_range(setting, message):
+    with pytest.raises(ValueError, match=message):
+        core_prior(blob(), **{"core": 0.8, "softness": 0.1, **setting})
+
+
+@given(st.sampled_from([1, 3, 5]), st.integers(0, 1000))
+def test_the_mean_over_neighbours_is_that_of_those_that_exist(side, seed):
+    map_hw = torch.rand(4, 6, generator=torch.Generator().manual_seed(seed)).double()
+    found_hw = neighbour_mean(map_hw.view(1, -1), (4, 6), side=side).view(4, 6)
+    half = side // 2
+    for row in range(4):
+        for column in range(6):
+            near = map_hw[max(row - half, 0) : row + half + 1, max(column - half, 0) : column + half + 1]
+            torch.testing.assert_close(found_hw[row, column], near.mean())
