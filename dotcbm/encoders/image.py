@@ -101,8 +101,6 @@ class ImageEncoder(nn.Module):
         if resize == "squash":
             self.preprocessing = replace(tower.preprocessing, resize="squash", crop_fraction=1.0)
         self.tower = tower.module
-        if detail and not trainable and isinstance(self.tower, TimmTower):
-            self.tower.give_details()
         self.requires_grad_(trainable)
         if trainable:
             self.tower.to(memory_format=torch.channels_last)  # convolutions train nearly twice as fast so
@@ -159,6 +157,9 @@ class ImageEncoder(nn.Module):
         try:
             with torch.no_grad():
                 features: PatchFeatures = self.tower(torch.zeros(1, 3, height, width))
+                if self.settings["detail"] and not self.trainable and isinstance(self.tower, TimmTower):
+                    self.tower.give_details((height, width))
+                    features = self.tower(torch.zeros(1, 3, height, width))
         except (AssertionError, RuntimeError, IndexError, TypeError) as error:
             raise ValueError(
                 f"{self.name} cannot read pictures of {height} x {width} pixels at layer {self.settings['layer']}: {error}"

@@ -48,6 +48,7 @@ class TimmTower(nn.Module):
         self.model = model
         self.layer = layer
         self.detail_layers: tuple[int, ...] = ()  # none, until `give_details`
+        self.in_one_pass = False
         self.is_transformer = hasattr(model, "num_prefix_tokens")
         self.is_nhwc = getattr(model, "output_fmt", "NCHW") == "NHWC"
         has_cls = getattr(model, "cls_token", None) is not None
@@ -71,17 +72,45 @@ class TimmTower(nn.Module):
         Raises:
             ValueError: The model's features are no single map and no grid of tokens.
         """
-        features = self._patches(image_B3HW)
-        return replace(features, detail_BNL=self._details(image_B3HW, features.grid)) if self.detail_layers else features
+        if not self.detail_layers:
+            return self._patches(image_B3HW)
+        if self.in_one_pass:
+            last, maps = self.model.forward_intermediates(  # pyright: ignore[reportCallIssue]
+                image_B3HW, indices=list(self.detail_layers), output_fmt="NCHW"
+            )
+            features = self.split(last, size=(image_B3HW.shape[2], image_B3HW.shape[3]))
+        else:
+            features = self._patches(image_B3HW)
+            maps = self.model.forward_intermediates(  # pyright: ignore[reportCallIssue]
+                image_B3HW, indices=list(self.detail_layers), stop_early=True, intermediates_only=True, output_fmt="NCHW"
+            )
+        return replace(features, detail_BNL=_details(maps, features.grid))
 
-    def give_details(self) -> None:
+    @torch.no_grad()
+    def give_details(self, size: tuple[int, int]) -> None:
         """Add `PatchFeatures.detail_BNL` from now on, if the model has stages or blocks that are early enough.
 
         Of stages of 8 and 16 pixels a patch (finer ones see edges, coarser ones the object), of a transformer the blocks at a quarter
         and at half of its depth: the mean of each channel over a patch, and the mean of its square. Stages are first averaged to
         twice the grid, so that the squares say how much a channel varies within a patch.
+
+        Where a model's intermediates come with the very features that it gives without them, both are had from one pass.
+
+        Args:
+            size: (height, width) of the pictures that it is going to read.
         """
-        self.detail_layers = self._early_layers()
+        layers = self._early_layers()
+        if layers and self.layer is None:
+            mode = self.model.training
+            self.model.eval()
+            picture_13HW = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+            last, _ = self.model.forward_intermediates(  # pyright: ignore[reportCallIssue]
+                picture_13HW, indices=list(layers), output_fmt="NCHW"
+            )
+            alone = self.model.forward_features(picture_13HW)  # pyright: ignore[reportCallIssue]
+            self.in_one_pass = isinstance(alone, Tensor) and last.shape == alone.shape and torch.equal(last, alone)
+            self.model.train(mode)
+        self.detail_layers = layers
 
     def _patches(self, image_B3HW: Tensor) -> PatchFeatures:
         if self.layer is None:
@@ -106,14 +135,6 @@ class TimmTower(nn.Module):
         last = len(strides) - 1 if self.layer is None or not strides else self.layer % len(strides)
         return tuple(i for i, stride in enumerate(strides[: max(last, 0)]) if stride in _DETAIL_STRIDES)
 
-    def _details(self, image_B3HW: Tensor, grid: tuple[int, int]) -> Tensor:
-        maps = self.model.forward_intermediates(  # pyright: ignore[reportCallIssue]
-            image_B3HW, indices=list(self.detail_layers), stop_early=True, intermediates_only=True, output_fmt="NCHW"
-        )
-        maps = [functional.adaptive_avg_pool2d(map_BLHW.float(), (2 * grid[0], 2 * grid[1])) for map_BLHW in maps]
-        map_BLHW = torch.cat(maps, 1)
-        return map_patches(functional.avg_pool2d(torch.cat([map_BLHW, map_BLHW.square()], 1), 2))
-
     def split(self, features: Tensor, *, size: tuple[int, int]) -> PatchFeatures:
         """What the model's `forward_features` gave for pictures of (height, width) `size`, as patches and a global token.
 
@@ -134,6 +155,13 @@ class TimmTower(nn.Module):
     def _of_patches(self, patch_BND: Tensor, prefix_BPD: Tensor | None, grid: tuple[int, int]) -> PatchFeatures:
         global_BD = prefix_BPD[:, 0] if self.has_cls and prefix_BPD is not None else patch_BND.mean(1)
         return PatchFeatures(patch_BND=patch_BND, global_BD=global_BD, grid=grid)
+
+
+def _details(maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
+    """(B, N, L) of (B, L_i, h_i, w_i) early features; see `TimmTower.give_details`."""
+    maps = [functional.adaptive_avg_pool2d(map_BLHW.float(), (2 * grid[0], 2 * grid[1])) for map_BLHW in maps]
+    map_BLHW = torch.cat(maps, 1)
+    return map_patches(functional.avg_pool2d(torch.cat([map_BLHW, map_BLHW.square()], 1), 2))
 
 
 def timm_from_name(name: str, *, image_size: int | None, layer: int | None, pretrained: bool, allow_download: bool) -> Tower:

@@ -6,14 +6,15 @@ CVPR 2025 (arXiv 2505.07209). Patches are transported onto *parts*, and concepts
     theta_i   ~ sigmoid((saliency_i - core) / softness)      patch prior: norms of the features, averaged over 3 x 3 patches
     plan_ic   = transport of theta onto C parts at the cost 1 - cos(patch_i, part_c), entropy eps, and every part the same mass
     seen_ig   = sum_c share_gc C plan_ic                     what a group of concepts ("bill shape") looks at; sums to 1 over the patches
-    x_gd      = sum_i seen_ig |f_id|^(p-1) f_id / sum_i seen_ig |f_id|^(p-1)
+    x_gd      = sum_i seen_ig a_id f_id / sum_i seen_ig a_id, a_id = |f_id|^(p-1) + a floor
     logit_j   = w_j . (x_g(j) - mean) / scale + b_j
 
 The parts are found before the training, without part labels (`dotcbm.models.parts`). x weighs a channel by where in the part it is
 active (a Lehmer mean); details, the encoder's early features, have their plain mean over the part beside it. The logit is a sum over
 patches and channels, so what a patch adds to it is exact.
 
-Departures from the paper, each with its reason; the rows are those of reports/winning.md. `PublishedDotCBM` is the printed form.
+Departures from the paper, each with its reason; the rows are those of configs/studies/winning.yaml and
+winning_ablation.yaml, the figures there are in reports/winning.md. `PublishedDotCBM` is the printed form.
 
 1. Parts between patches and concepts, in place of a column for each concept. Class-level labels say of each concept only in which
    pictures it is, and any place on the object serves to tell classes: no head trained on them pointed better than its prior alone. Rows
@@ -27,8 +28,7 @@ Departures from the paper, each with its reason; the rows are those of reports/w
 4. Readout: a linear value on what the encoder says of the part, weighted by activity, early and late. The printed score cannot leave
    sigmoid(1) (see `dotcbm.models.readout`). The last features of any patch on the object know its class and, behind it, where such
    objects live; early ones know what the patch shows. Rows "mean within the part", "without details".
-5. No adapters, no concept embeddings, no orthogonality losses: nothing is left for them to do. With 30 pictures a class a
-   linear value with a penalty on its squares reads more than adapters do.
+5. No adapters, no concept embeddings, no orthogonality losses: nothing is left for them to do. Row "DOT-CBM, patches to concepts" has them.
 6. The class head reads logits, which keep how sure a concept is. Row "head on probabilities".
 7. gamma is uniform over the parts; equations 17 and 18 are about concepts.
 """
@@ -43,17 +43,15 @@ import torch
 from torch import Tensor, nn
 
 from dotcbm.models.base import Bottleneck
-from dotcbm.models.parts import Parts, group_shares
+from dotcbm.models.parts import Parts, group_shares, part_plan
 from dotcbm.models.readout import frequency_logit
 from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
-from dotcbm.transport.cost import cosine_cost
 from dotcbm.transport.priors import core_prior, patch_prior
-from dotcbm.transport.sinkhorn import sinkhorn
 
 __all__ = ["DotCBM", "HeadOn"]
 
 HeadOn = Literal["probability", "logit"]
-_SILENT = 1e-6  # weight of a patch in which a channel is silent: for nothing but 0 / 0
+_SILENT = 0.1  # of a typical activity: what a patch weighs in a Lehmer mean in which the channel is silent
 
 
 class DotCBM(Bottleneck):
@@ -62,6 +60,7 @@ class DotCBM(Bottleneck):
     centre_D: Tensor
     basis_DE: Tensor
     part_CE: Tensor
+    activity: Tensor
     share_GC: Tensor
     mean_GX: Tensor
     scale_GX: Tensor
@@ -153,6 +152,7 @@ class DotCBM(Bottleneck):
         self.register_buffer("centre_D", torch.zeros(width))
         self.register_buffer("basis_DE", torch.eye(width, part_width))
         self.register_buffer("part_CE", torch.zeros(num_all, part_width))
+        self.register_buffer("activity", torch.tensor(1.0))
         self.register_buffer("share_GC", torch.full((num_groups, num_all), 1 / num_all))
         self.detail_width = problem.detail_width if read_details else 0
         num_read = width + self.detail_width
@@ -172,8 +172,8 @@ class DotCBM(Bottleneck):
         Raises:
             ValueError: Parts of another encoder, of other settings, or of other groups of concepts.
         """
-        for name, value in (("centre_D", parts.centre_D), ("basis_DE", parts.basis_DE), ("part_CE", parts.part_CE)):
-            own = getattr(self, name)
+        for name in ("centre_D", "basis_DE", "part_CE", "activity"):
+            own, value = getattr(self, name), getattr(parts, name)
             if own.shape != value.shape:
                 raise ValueError(f"the parts' {name} has shape {tuple(value.shape)}; this bottleneck needs {tuple(own.shape)}")
             own.copy_(value)
@@ -212,20 +212,11 @@ class DotCBM(Bottleneck):
             patch_BND: The encoder's patches.
             theta_BN: (B, N) sums to 1.
         """
-        cost_BNC = cosine_cost((patch_BND - self.centre_D) @ self.basis_DE, self.part_CE)
-        num_parts = len(self.part_CE)
-        transport = sinkhorn(
-            cost_BNC,
-            theta_BN,
-            theta_BN.new_full((num_parts,), 1 / num_parts),
-            eps=self.eps,
-            max_iter=self.iterations,
-            tol=None,
-            relax_patch=self.relax_patch,
-            check=False,
+        embedded_BNE = (patch_BND - self.centre_D) @ self.basis_DE
+        plan_BNC, residual_B = part_plan(
+            embedded_BNE, self.part_CE, theta_BN, eps=self.eps, relax_patch=self.relax_patch, iterations=self.iterations
         )
-        plan_BNC = transport.plan_BNM / transport.plan_BNM.sum(1, keepdim=True).clamp(min=1e-12)
-        return plan_BNC @ self.share_GC.T, transport.residual_B
+        return plan_BNC @ self.share_GC.T, residual_B
 
     def read(self, features: PatchFeatures, seen_BNG: Tensor) -> Tensor:
         """(B, G, X) what each group reads of the patches that it looks at: the Lehmer means of the D features, and the means of the L
@@ -237,8 +228,10 @@ class DotCBM(Bottleneck):
         return lehmer_BGD if features.detail_BNL is None else torch.cat([lehmer_BGD, look_BGN @ features.detail_BNL], 2)
 
     def _active(self, patch_BND: Tensor) -> Tensor:
-        """(B, N, D) weights of a Lehmer mean; never 0, so that a channel that is silent in all of a part has the part's mean."""
-        return patch_BND.abs() ** (self.power - 1) + _SILENT
+        """(B, N, D) weights of a Lehmer mean. None is near 0: where a channel is silent in all of a part, its mean would else be that of
+        whatever patch it speaks in, however little of the plan is there.
+        """
+        return patch_BND.abs() ** (self.power - 1) + (_SILENT * self.activity) ** (self.power - 1)
 
     @property
     def condense(self) -> Callable[[PatchFeatures], PatchFeatures] | None:

@@ -24,11 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dotcbm.metrics.concepts import concept_auroc
 from dotcbm.structures import PatchFeatures
-from dotcbm.transport.cost import cosine_similarity
+from dotcbm.transport.cost import cosine_cost
 from dotcbm.transport.priors import patch_prior, standardise
+from dotcbm.transport.sinkhorn import sinkhorn
 
-__all__ = ["Parts", "cluster", "find_parts", "group_shares", "score_parts"]
+__all__ = ["Parts", "cluster", "find_parts", "group_shares", "part_plan", "score_parts"]
 
 _FOREGROUND = 0.3  # deviations of the norm above which a patch takes part in the clustering
 _SAMPLE = 30_000  # patches that are clustered
@@ -47,12 +49,14 @@ class Parts:
     Attributes:
         centre_D, basis_DE: Part space: (patch - centre) @ basis, compared by cosine.
         part_CE: Unit vectors; those of one clustering lie side by side.
+        activity: 0-d, mean absolute value of a foreground patch's features.
         score_GC: How well each part serves each group, in AUROC.
     """
 
     centre_D: Tensor
     basis_DE: Tensor
     part_CE: Tensor
+    activity: Tensor
     score_GC: Tensor
 
 
@@ -83,7 +87,7 @@ def find_parts(
     Raises:
         ValueError: Fewer foreground patches than parts.
     """
-    centre_D, basis_DE = _part_space(patches, width=part_width)
+    centre_D, basis_DE, activity = _part_space(patches, width=part_width)
     embedded_nNE = torch.cat([_embedded(part, centre_D, basis_DE) for part in patches.patch_BND.split(_CHUNK)])
     foreground_FE = embedded_nNE[_foreground(patches)]
     if len(foreground_FE) < num_parts:
@@ -97,19 +101,40 @@ def find_parts(
         generator = torch.Generator().manual_seed(seed * num_clusterings + clustering)
         chosen_X = torch.randperm(len(foreground_FE), generator=generator)[:_SAMPLE].to(foreground_FE.device)
         part_CE = cluster(foreground_FE[chosen_X], num_parts, generator=generator)
-        detail_nCL = torch.cat(
-            [
-                (theta_XN.clamp(min=1e-30).log()[..., None] + cosine_similarity(embedded_XNE, part_CE) / _EPS).softmax(1).transpose(1, 2)
-                @ detail_XNL.to(embedded_XNE.dtype)
-                for theta_XN, embedded_XNE, detail_XNL in zip(
-                    theta_nN.split(_CHUNK), embedded_nNE.split(_CHUNK), detail_nNL.split(_CHUNK), strict=True
-                )
-            ]
-        )
+        collected = []
+        for rows in torch.arange(len(label_n)).split(_CHUNK):
+            plan_XNC = part_plan(embedded_nNE[rows], part_CE, theta_nN[rows], eps=_EPS, relax_patch=0.0)[0]
+            collected.append(plan_XNC.transpose(1, 2) @ detail_nNL[rows].to(plan_XNC.dtype))
+        detail_nCL = torch.cat(collected)
         parts.append(part_CE)
         scores.append(score_parts(detail_nCL, concept_nM=concept_nM, label_n=label_n, group_M=group_M))
         advance()
-    return Parts(centre_D, basis_DE, torch.cat(parts), torch.cat(scores, 1))
+    return Parts(centre_D, basis_DE, torch.cat(parts), activity, torch.cat(scores, 1))
+
+
+def part_plan(
+    embedded_BNE: Tensor, part_CE: Tensor, theta_BN: Tensor, *, eps: float, relax_patch: float | None, iterations: int = 1
+) -> tuple[Tensor, Tensor]:
+    """(B, N, C) the transport of patches onto parts at cosine cost, each part's column scaled to sum to 1, and (B,) its residual.
+
+    Args:
+        embedded_BNE: Patches in part space.
+        part_CE: Parts, all of the same mass.
+        theta_BN: (B, N) sums to 1.
+        eps, relax_patch, iterations: See `dotcbm.transport.sinkhorn.sinkhorn`.
+    """
+    num_parts = len(part_CE)
+    transport = sinkhorn(
+        cosine_cost(embedded_BNE, part_CE),
+        theta_BN,
+        theta_BN.new_full((num_parts,), 1 / num_parts),
+        eps=eps,
+        max_iter=iterations,
+        tol=None,
+        relax_patch=relax_patch,
+        check=False,
+    )
+    return transport.plan_BNM / transport.plan_BNM.sum(1, keepdim=True).clamp(min=1e-12), transport.residual_B
 
 
 def group_shares(score_GC: Tensor, *, num_clusterings: int) -> Tensor:
@@ -159,10 +184,12 @@ def score_parts(detail_nCL: Tensor, *, concept_nM: Tensor, label_n: Tensor, grou
     """
     device = detail_nCL.device
     known_nM = ~concept_nM.isnan()
-    truth_nM = (concept_nM > 0.5).to(device)
+    truth_nM = torch.where(known_nM, (concept_nM > 0.5).to(concept_nM.dtype), torch.nan).to(device)
     target_nM = torch.where(known_nM, concept_nM, concept_nM.nanmean(0).nan_to_num(0.0)).to(device, detail_nCL.dtype)
     fold_n = _folds(label_n, varies=_varies_within_classes(concept_nM, label_n)).to(device)
     num_groups = int(group_M.max()) + 1
+    if len(fold_n.unique()) == 1:  # nothing can be held out
+        return torch.full((num_groups, detail_nCL.shape[1]), 0.5)
     scores = []
     for detail_nL in detail_nCL.unbind(1):
         z_nL = (detail_nL - detail_nL.mean(0)) / (detail_nL.std(0) + 1e-6)
@@ -174,22 +201,12 @@ def score_parts(detail_nCL: Tensor, *, concept_nM: Tensor, label_n: Tensor, grou
             x_XL = x_XL - x_mean_L
             gram_LL = x_XL.T @ x_XL + _RIDGE * torch.eye(x_XL.shape[1], dtype=x_XL.dtype, device=device)
             predicted_nM[held_n] = (z_nL[held_n] - x_mean_L) @ torch.linalg.solve(gram_LL, x_XL.T @ (y_XM - y_mean_M)) + y_mean_M
-        scores.append(_auroc(predicted_nM, truth_nM, known_nM.to(device)))
+        scores.append(concept_auroc(predicted_nM, truth_nM))
     score_MC = torch.stack(scores, 1)
     member_GM = F.one_hot(group_M, num_groups).T.to(score_MC)
     defined_MC = ~score_MC.isnan()
     total_GC, count_GC = member_GM @ score_MC.nan_to_num(0.0), member_GM @ defined_MC.to(score_MC)
     return torch.where(count_GC > 0, total_GC / count_GC.clamp(min=1), 0.5).cpu()
-
-
-def _auroc(score_nM: Tensor, truth_nM: Tensor, known_nM: Tensor) -> Tensor:
-    """(M,) by ranks among the known rows (ties in the order they come: predictions hardly ever tie); NaN for a single value."""
-    ranked_nM = score_nM.masked_fill(~known_nM, torch.inf).argsort(0).argsort(0).to(score_nM.dtype) + 1
-    positive_nM, negative_nM = truth_nM & known_nM, ~truth_nM & known_nM
-    num_positive_M, num_negative_M = positive_nM.sum(0).to(score_nM.dtype), negative_nM.sum(0).to(score_nM.dtype)
-    above_M = (ranked_nM * positive_nM).sum(0) - num_positive_M * (num_positive_M + 1) / 2
-    pairs_M = num_positive_M * num_negative_M
-    return torch.where(pairs_M > 0, above_M / pairs_M.clamp(min=1), torch.nan)
 
 
 def _folds(label_n: Tensor, *, varies: bool) -> Tensor:
@@ -211,20 +228,23 @@ def _varies_within_classes(concept_nM: Tensor, label_n: Tensor) -> bool:
     return False
 
 
-def _part_space(patches: PatchFeatures, *, width: int) -> tuple[Tensor, Tensor]:
-    """(D,) mean and (D, E) leading directions of the foreground patches."""
+def _part_space(patches: PatchFeatures, *, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(D,) mean, (D, E) leading directions and 0-d mean absolute value of the foreground patches."""
     foreground_nN = _foreground(patches)
     num_features = patches.patch_BND.shape[2]
+    activity = patches.patch_BND.new_zeros((), dtype=torch.float32)
     total_D = patches.patch_BND.new_zeros(num_features, dtype=torch.float32)
     second_DD = patches.patch_BND.new_zeros(num_features, num_features, dtype=torch.float32)
     for part_BND, chosen_BN in zip(patches.patch_BND.split(_CHUNK), foreground_nN.split(_CHUNK), strict=True):
         chosen_XD = part_BND[chosen_BN].float()
         total_D += chosen_XD.sum(0)
+        activity += chosen_XD.abs().sum() / num_features
         second_DD += chosen_XD.T @ chosen_XD
     count = foreground_nN.sum().clamp(min=1)
     centre_D = total_D / count
     covariance_DD = (second_DD / count - centre_D[:, None] * centre_D).double().cpu()
-    return centre_D, torch.linalg.eigh(covariance_DD).eigenvectors[:, -min(width, num_features) :].to(centre_D)
+    basis_DE = torch.linalg.eigh(covariance_DD).eigenvectors[:, -min(width, num_features) :].to(centre_D)
+    return centre_D, basis_DE, activity / count
 
 
 def _embedded(patch_BND: Tensor, centre_D: Tensor, basis_DE: Tensor) -> Tensor:

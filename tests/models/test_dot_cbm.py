@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 
 from dotcbm.models.dot_cbm import DotCBM
@@ -76,7 +75,7 @@ def test_each_group_looks_at_the_part_whose_details_predict_it(relax_patch):
     assert relax_patch is None or residual_n.max() < 1e-3
 
 
-def test_a_group_without_a_predictive_part_looks_everywhere_alike():
+def test_concepts_tossed_by_a_coin_are_predicted_by_no_part():
     bottleneck = DotCBM(make_problem(), num_parts=2, num_clusterings=2, part_width=4)
     coin_nM = (torch.rand(240, 4, generator=torch.Generator().manual_seed(1)) > 0.5).float()
     parts, _, _ = found(bottleneck, concept_nM=coin_nM)
@@ -111,7 +110,7 @@ def test_scores_are_the_auroc_of_ridge_regression_in_held_out_classes():
     for fold in range(num_folds):
         model = Ridge(alpha=100.0).fit(x[fold_n != fold], concept_nM[torch.from_numpy(fold_n != fold)].numpy())
         predicted[torch.from_numpy(fold_n == fold)] = torch.from_numpy(model.predict(x[fold_n == fold])).float()
-    expected = [roc_auc_score(concept_nM[:, j], rankdata(predicted[:, j], method="ordinal")) for j in range(2)]
+    expected = [roc_auc_score(concept_nM[:, j], predicted[:, j]) for j in range(2)]
     torch.testing.assert_close(score[:, 0], torch.tensor(expected, dtype=score.dtype), atol=2e-3, rtol=0)
     assert score[0, 0] > 0.7
 
@@ -180,6 +179,21 @@ def test_power_one_reads_the_mean_of_the_plan():
     patch_BND, seen_BNG = torch.randn(2, N, D), torch.rand(2, N, 2).softmax(1)
     feature_BGD = bottleneck.read(PatchFeatures(patch_BND, patch_BND.mean(1), GRID), seen_BNG)
     torch.testing.assert_close(feature_BGD, torch.einsum("bng,bnd->bgd", seen_BNG, patch_BND))
+
+
+def test_a_channel_that_is_silent_in_the_part_is_not_read_from_where_the_plan_hardly_is():
+    bottleneck = DotCBM(make_problem(), num_parts=2, num_clusterings=1, part_width=4)
+    patch_BND = torch.zeros(1, N, D)
+    patch_BND[0, 0, 0] = 1.0  # speaks in one patch only
+    seen_BNG = torch.full((1, N, 2), 1e-6)
+    seen_BNG[0, 5] = 1 - (N - 1) * 1e-6
+    read_BGX = bottleneck.read(PatchFeatures(patch_BND, patch_BND.mean(1), GRID), seen_BNG)
+    assert read_BGX.max() < 1e-4
+
+
+def test_one_class_leaves_nothing_to_hold_out():
+    score_GC = score_parts(torch.randn(6, 2, 3), concept_nM=torch.ones(6, 2), label_n=torch.zeros(6).long(), group_M=torch.tensor([0, 1]))
+    assert torch.equal(score_GC, torch.full((2, 2), 0.5))
 
 
 @pytest.mark.parametrize(

@@ -189,3 +189,40 @@ def test_the_printed_score_on_the_papers_shapes_says_the_same_of_every_picture()
     probability = (1 - score).sigmoid()
     assert probability.min() >= 0.73104
     assert probability.max() <= 0.73106
+
+
+def _free(seed: int, *, theta_0: float | None = None, gamma_0: float | None = None):
+    generator = torch.Generator().manual_seed(seed)
+    cost = 2 * torch.rand(3, 7, 4, generator=generator, dtype=torch.float64)
+    theta, gamma = (torch.rand(3, n, generator=generator, dtype=torch.float64) + 0.1 for n in (7, 4))
+    if theta_0 is not None:
+        theta[:, 0] = theta_0
+    if gamma_0 is not None:
+        gamma[:, 0] = gamma_0
+    return cost, theta / theta.sum(1, keepdim=True), gamma / gamma.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("solver", ["torch", "pot"])
+def test_free_patches_are_the_limit_of_relaxed_ones(solver):
+    cost, theta, gamma = _free(0)
+    free = sinkhorn(cost, theta, gamma, eps=0.2, relax_patch=0.0)
+    limit = sinkhorn(cost, theta, gamma, eps=0.2, relax_patch=1e-7, max_iter=500, tol=None, solver=solver)
+    torch.testing.assert_close(free.plan_BNM, limit.plan_BNM, atol=1e-5, rtol=1e-4)
+
+
+@given(st.integers(0, 1000), st.sampled_from([0.01, 0.1, 1.0]), st.sampled_from([None, 0.0]), st.sampled_from([None, 0.0]))
+def test_free_patches_meet_the_concepts_and_what_potentials_say(seed, eps, theta_0, gamma_0):
+    cost, theta, gamma = _free(seed, theta_0=theta_0, gamma_0=gamma_0)
+    plan = sinkhorn(cost, theta, gamma, eps=eps, relax_patch=0.0)
+    torch.testing.assert_close(plan.plan_BNM.sum(1), gamma)
+    rebuilt = (plan.log_u_BN[:, :, None] + plan.log_v_BM[:, None] - cost / eps).exp()
+    torch.testing.assert_close(plan.plan_BNM, rebuilt)
+    assert plan.residual_B.max() < 1e-9
+    if theta_0 is not None:
+        assert plan.plan_BNM[:, 0].abs().max() == 0
+
+
+def test_gradients_of_free_patches():
+    cost, theta, gamma = _free(3)
+    inputs = [x[:1].clone().requires_grad_() for x in (cost, theta, gamma)]
+    assert torch.autograd.gradcheck(lambda *x: sinkhorn(*x, eps=0.3, relax_patch=0.0, check=False).plan_BNM, inputs)
