@@ -17,7 +17,8 @@ Departures from the paper, each with its reason; the rows are those of configs/s
 winning_ablation.yaml, the figures there are in reports/winning.md. `PublishedDotCBM` is the printed form.
 
 1. Parts between patches and concepts, in place of a column for each concept. Class-level labels say of each concept only in which
-   pictures it is, and any place on the object serves to tell classes: no head trained on them pointed better than its prior alone. Rows
+   pictures it is, and any place on the object serves to tell classes: no head trained on them
+   pointed more than three points above the one map of feature norms. Rows
    "DOT-CBM, patches to concepts", "all parts alike".
 2. The prior is the core of the smoothed norm. The longest feature lies at the object's rim as often as inside; the mean over neighbours
    does not. A softmax of it would send all concepts to one spot before the parts are asked; the core is even. Rows "prior not
