@@ -155,7 +155,7 @@ def test_predict_without_one_good_picture(model_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("kind", "settings", "outputs"),
     [
-        (PublishedDotCBM, {"dim": 8, "iterations": 2, "null_patch": 0.1}, ["concepts", "classes", "plan"]),
+        (PublishedDotCBM, {"dim": 8, "iterations": 2}, ["concepts", "classes", "plan"]),
         (CBM, {}, ["concepts", "classes", "evidence"]),
         (LinearProbe, {}, ["concepts", "classes"]),
     ],

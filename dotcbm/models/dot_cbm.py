@@ -5,7 +5,8 @@ CVPR 2025 (arXiv 2505.07209). Patches are transported onto *parts*, and concepts
 
     theta_i   ~ sigmoid((saliency_i - core) / softness)      patch prior: norms of the features, averaged over 3 x 3 patches
     plan_ic   = transport of theta onto C parts at the cost 1 - cos(patch_i, part_c), entropy eps, and every part the same mass
-    seen_ig   = sum_c share_gc C plan_ic                     what a group of concepts ("bill shape") looks at; sums to 1 over the patches
+    seen_ig   = (1 - whole) sum_c share_gc C plan_ic + whole theta_i    what a group of concepts ("bill shape") looks at: its parts, and
+                                                             the object's core around them; sums to 1 over the patches
     x_gd      = sum_i seen_ig a_id f_id / sum_i seen_ig a_id, a_id = |f_id|^(p-1) + a floor
     logit_j   = w_j . (x_g(j) - mean) / scale + b_j
 
@@ -26,12 +27,14 @@ winning_ablation.yaml, the figures there are in reports/winning.md. `PublishedDo
 3. The patches' side of the transport is free by default (`relax_patch` 0): theta is then a reference measure, a part may find its
    place where others find theirs, and the plan is known in closed form. None is the paper's balanced plan, a positive number the KL
    penalty between the two. Rows "balanced", "relaxed".
-4. Readout: a linear value on what the encoder says of the part, weighted by activity, early and late. The printed score cannot leave
+4. Half of what a concept looks at is the object's core as a whole. A part seen in a few patches is noisy; and the whole keeps the map,
+   which is what the logit is read from, honest, where a second reading beside it would not. Rows "whole 0", "whole 1" (no parts).
+5. Readout: a linear value on what the encoder says of the part, weighted by activity, early and late. The printed score cannot leave
    sigmoid(1) (see `dotcbm.models.readout`). The last features of any patch on the object know its class and, behind it, where such
    objects live; early ones know what the patch shows. Rows "mean within the part", "without details".
-5. No adapters, no concept embeddings, no orthogonality losses: nothing is left for them to do. Row "DOT-CBM, patches to concepts" has them.
-6. The class head reads logits, which keep how sure a concept is. Row "head on probabilities".
-7. gamma is uniform over the parts; equations 17 and 18 are about concepts.
+6. No adapters, no concept embeddings, no orthogonality losses: nothing is left for them to do. Row "DOT-CBM, patches to concepts" has them.
+7. The class head reads logits, which keep how sure a concept is. Row "head on probabilities".
+8. gamma is uniform over the parts; equations 17 and 18 are about concepts.
 """
 
 from __future__ import annotations
@@ -76,7 +79,8 @@ class DotCBM(Bottleneck):
         num_clusterings: int = 8,
         part_width: int = 64,
         scored: bool = True,
-        core: float | None = 0.85,
+        whole: float = 0.5,
+        core: float | None = 0.83,
         softness: float = 0.025,
         patch_temperature: float = 0.25,
         patch_smoothing: int = 3,
@@ -94,6 +98,8 @@ class DotCBM(Bottleneck):
         num_clusterings: Clusterings, whose parts stand side by side: C = num_parts * num_clusterings. One alone is a matter of luck.
         scored: Give each group of concepts the parts that predict it; else all of them alike, as a control.
         part_width: Width E of the space in which patches and parts are compared; at most the encoder's.
+        whole: Share of what a group looks at that is the whole object, theta, and not its parts, in [0, 1]. Concepts become surer by
+            it, where they look hardly changes: a part is a small place with a lot of mass. 1 reads the object alone, as a control.
         core: Where the core of what stands out begins (`dotcbm.transport.priors.core_prior`); lower, and the maps reach further to
             the rim and over it. None for a softmax of the saliency.
         softness: Of the core's edge.
@@ -117,6 +123,7 @@ class DotCBM(Bottleneck):
                 "num_clusterings": num_clusterings,
                 "part_width": part_width,
                 "scored": scored,
+                "whole": whole,
                 "core": core,
                 "softness": softness,
                 "patch_temperature": patch_temperature,
@@ -135,12 +142,14 @@ class DotCBM(Bottleneck):
                 raise ValueError(f"{name} is {value}; give 1 or more")
         if power < 1:
             raise ValueError(f"power is {power}; below 1 the mean would dwell on the patches in which a channel is silent")
+        if not 0 <= whole <= 1:
+            raise ValueError(f"whole is {whole}; it is a share, from 0 to 1")
         if l2 < 0:
             raise ValueError(f"l2 is {l2}; a penalty is not negative")
         if head_on not in get_args(HeadOn):
             raise ValueError(f"head_on is {head_on!r}; choose one of {list(get_args(HeadOn))}")
         self.num_parts, self.num_clusterings, self.scored = num_parts, num_clusterings, scored
-        self.core, self.softness = core, softness
+        self.whole, self.core, self.softness = whole, core, softness
         self.patch_temperature, self.patch_smoothing = patch_temperature, patch_smoothing
         self.eps, self.relax_patch, self.iterations = eps, relax_patch, iterations
         self.power, self.l2 = power, l2
@@ -217,7 +226,8 @@ class DotCBM(Bottleneck):
         plan_BNC, residual_B = part_plan(
             embedded_BNE, self.part_CE, theta_BN, eps=self.eps, relax_patch=self.relax_patch, iterations=self.iterations
         )
-        return plan_BNC @ self.share_GC.T, residual_B
+        seen_BNG = plan_BNC @ self.share_GC.T
+        return (1 - self.whole) * seen_BNG + self.whole * theta_BN[:, :, None], residual_B
 
     def read(self, features: PatchFeatures, seen_BNG: Tensor) -> Tensor:
         """(B, G, X) what each group reads of the patches that it looks at: the Lehmer means of the D features, and the means of the L

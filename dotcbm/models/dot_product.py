@@ -27,7 +27,7 @@ from dotcbm.losses import OrthogonalityForm, orthogonality
 from dotcbm.models.adapters import AdapterKind, make_adapter
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.concept_embedding import ConceptEmbedding
-from dotcbm.models.readout import BiasStart, Readout, ReadoutKind, ValueOn
+from dotcbm.models.readout import BiasStart, Readout, ReadoutKind
 from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
 from dotcbm.transport.cost import cosine_similarity
 
@@ -49,7 +49,6 @@ class DotProduct(Bottleneck):
         adapter: AdapterKind = "mlp",
         dropout: float = 0.4,
         readout: ReadoutKind = "cosine",
-        value_on: ValueOn = "encoder",
         readout_scale: float = 10.0,
         readout_bias: BiasStart = "zero",
         orthogonality_form: OrthogonalityForm = "squared",
@@ -62,7 +61,6 @@ class DotProduct(Bottleneck):
         adapter: See `make_adapter`.
         dropout: In the adapters.
         readout: See `dotcbm.models.readout`.
-        value_on: What the value readout reads: the encoder's features or the adapted ones.
         readout_scale: Of the cosine readout's alpha at the start.
         readout_bias: Where the readout's biases start.
         orthogonality_form: See `dotcbm.losses.orthogonality`.
@@ -76,7 +74,6 @@ class DotProduct(Bottleneck):
                 "adapter": adapter,
                 "dropout": dropout,
                 "readout": readout,
-                "value_on": value_on,
                 "readout_scale": readout_scale,
                 "readout_bias": readout_bias,
                 "orthogonality_form": orthogonality_form,
@@ -86,7 +83,6 @@ class DotProduct(Bottleneck):
             raise ValueError(f"temperature must be positive, got {temperature}")
         self.pooling: Pooling = pooling
         self.temperature = temperature
-        self.value_on: ValueOn = value_on
         self.orthogonality_form: OrthogonalityForm = orthogonality_form
         self.patch_adapter = make_adapter(adapter, width_in=problem.patch_width, width_out=dim, dropout=dropout)
         self.concept = ConceptEmbedding(problem, dim=dim, adapter=adapter, dropout=dropout)
@@ -94,7 +90,7 @@ class DotProduct(Bottleneck):
         self.readout = Readout(
             readout,
             problem,
-            width=problem.patch_width if value_on == "encoder" else dim,
+            width=problem.patch_width,
             scale=readout_scale,
             bias=readout_bias,
         )
@@ -115,9 +111,7 @@ class DotProduct(Bottleneck):
         concept_MD = self.concept()
         cosine_BNM = cosine_similarity(adapted_BND, concept_MD)
         weight_BNM = self.pool_weights(cosine_BNM)
-        logit_BM, evidence_BNM = self.readout(
-            weight_BNM, cosine_BNM=cosine_BNM, feature_BND=patch_BND if self.value_on == "encoder" else adapted_BND
-        )
+        logit_BM, evidence_BNM = self.readout(weight_BNM, cosine_BNM=cosine_BNM, feature_BND=patch_BND)
         num_concepts = weight_BNM.shape[2]
         looks = not self.training and self.pooling != "mean"
         return ConceptOutput(

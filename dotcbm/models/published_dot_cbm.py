@@ -10,24 +10,23 @@ Departures from the paper, each with its reason:
    Default: `value`; `paper` stays selectable.
 2. gamma. As printed (17, 18) it sums to M - 1; renormalised (`eq18`) it is uniform within 1 %. See `dotcbm.transport.priors`.
 3. theta. As printed (4, 16), the softmax of raw dot products saturates on one patch; here the saliency is standardised,
-   has a temperature and a uniform floor, and is the patch's feature norm by default: with pooled features in place of a
+   has a temperature, and is the patch's feature norm by default: with pooled features in place of a
    CLS token, the cosine to them points at the background as often as not.
 4. Orthogonality. As printed (6, 7) it rewards negative cosines; see `dotcbm.losses.orthogonality`.
 5. Mass. Balanced transport gives every concept its mass in every picture, present or not, and makes every patch give all
-   of its own. A null concept and a null patch take the share that has no counterpart; unbalanced transport is the other way.
+   of its own. A null concept takes the share that has no counterpart.
 6. eps and the number of iterations are not in the paper: settings here, and the residual is reported.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from dotcbm.losses import OrthogonalityForm, orthogonality
 from dotcbm.models.adapters import AdapterKind, make_adapter
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.concept_embedding import ConceptEmbedding
-from dotcbm.models.readout import BiasStart, Readout, ReadoutKind, ValueOn
+from dotcbm.models.readout import BiasStart, Readout, ReadoutKind
 from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
 from dotcbm.transport.cost import add_null, cosine_similarity
 from dotcbm.transport.priors import ConceptPrior, PatchPrior, concept_prior, patch_prior
@@ -37,7 +36,7 @@ __all__ = ["PublishedDotCBM"]
 
 
 def _gamma(problem: Problem, kind: ConceptPrior, *, temperature: float) -> Tensor:
-    return concept_prior(kind, problem.concepts, temperature=temperature, frequency_M=problem.concept_frequency_M)
+    return concept_prior(kind, problem.concepts, temperature=temperature)
 
 
 class PublishedDotCBM(Bottleneck):
@@ -54,19 +53,13 @@ class PublishedDotCBM(Bottleneck):
         dropout: float = 0.4,
         patch_prior: PatchPrior = "norm",
         patch_temperature: float = 0.5,
-        patch_floor: float = 0.0,
         concept_prior: ConceptPrior = "uniform",
         concept_temperature: float = 1.0,
         null_concept: float = 0.5,
-        null_patch: float = 0.0,
-        null_cost: float = 1.0,
         eps: float = 0.1,
         iterations: int = 30,
-        relax_patch: float | None = None,
-        relax_concept: float | None = None,
         solver: Solver = "torch",
         readout: ReadoutKind = "value",
-        value_on: ValueOn = "encoder",
         readout_scale: float = 10.0,
         readout_bias: BiasStart = "zero",
         orthogonality_form: OrthogonalityForm = "squared",
@@ -78,20 +71,14 @@ class PublishedDotCBM(Bottleneck):
         dropout: In the adapters.
         patch_prior: Where theta comes from; see `dotcbm.transport.priors.patch_prior`.
         patch_temperature: Of theta's softmax, on standardised saliency; smaller is sharper.
-        patch_floor: Share of theta that is uniform.
         concept_prior: Where gamma comes from; see `dotcbm.transport.priors.concept_prior`.
         concept_temperature: Of gamma's softmax.
         null_concept: Share of the patches' mass that need not go to any concept, in [0, 1).
-        null_patch: Share of the concepts' mass that need not come from any patch, in [0, 1).
-        null_cost: Cost of both at the start; learned from there. 1 is the cost of an orthogonal pair.
         eps: Entropy of the plan, on costs in [0, 2].
         iterations: Sinkhorn passes. A fixed count, so that training, export and every batch size do the same arithmetic;
             the residual it leaves is in the output.
-        relax_patch: Strength of the KL term that replaces theta as a constraint; None keeps it exact.
-        relax_concept: The same for gamma.
         solver: See `sinkhorn`.
         readout: See `dotcbm.models.readout`.
-        value_on: What the value readout reads: the encoder's features or the adapted ones.
         readout_scale: Of the cosine readout's alpha at the start.
         readout_bias: Where the readout's biases start.
         orthogonality_form: See `dotcbm.losses.orthogonality`.
@@ -107,51 +94,38 @@ class PublishedDotCBM(Bottleneck):
                 "dropout": dropout,
                 "patch_prior": patch_prior,
                 "patch_temperature": patch_temperature,
-                "patch_floor": patch_floor,
                 "concept_prior": concept_prior,
                 "concept_temperature": concept_temperature,
                 "null_concept": null_concept,
-                "null_patch": null_patch,
-                "null_cost": null_cost,
                 "eps": eps,
                 "iterations": iterations,
-                "relax_patch": relax_patch,
-                "relax_concept": relax_concept,
                 "solver": solver,
                 "readout": readout,
-                "value_on": value_on,
                 "readout_scale": readout_scale,
                 "readout_bias": readout_bias,
                 "orthogonality_form": orthogonality_form,
             },
         )
-        for name, share in (("null_concept", null_concept), ("null_patch", null_patch)):
-            if not 0 <= share < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {share}: it is the share of mass that finds no counterpart")
+        if not 0 <= null_concept < 1:
+            raise ValueError(f"null_concept must lie in [0, 1), got {null_concept}: it is the share of mass that finds no counterpart")
         if eps <= 0 or iterations < 1:
             raise ValueError(f"eps and iterations must be positive, got eps={eps} and iterations={iterations}")
         num_concepts = problem.concepts.num_concepts
         self.patch_prior: PatchPrior = patch_prior
         self.patch_temperature = patch_temperature
-        self.patch_floor = patch_floor
         self.null_concept = null_concept
-        self.null_patch = null_patch
         self.eps = eps
         self.iterations = iterations
-        self.relax_patch = relax_patch
-        self.relax_concept = relax_concept
         self.solver: Solver = solver
-        self.value_on: ValueOn = value_on
         self.orthogonality_form: OrthogonalityForm = orthogonality_form
         self.patch_adapter = make_adapter(adapter, width_in=problem.patch_width, width_out=dim, dropout=dropout)
         self.concept = ConceptEmbedding(problem, dim=dim, adapter=adapter, dropout=dropout)
         # `concept_prior` the setting hides the function of that name here.
         self.register_buffer("gamma_M", _gamma(problem, concept_prior, temperature=concept_temperature))
-        self.null_cost = nn.Parameter(torch.tensor(float(null_cost))) if null_concept or null_patch else None
         self.readout = Readout(
             readout,
             problem,
-            width=problem.patch_width if value_on == "encoder" else dim,
+            width=problem.patch_width,
             scale=readout_scale,
             bias=readout_bias,
         )
@@ -163,7 +137,7 @@ class PublishedDotCBM(Bottleneck):
             self.patch_prior,
             features.to(dtype=self.head.weight.dtype),
             temperature=self.patch_temperature,
-            floor=self.patch_floor,
+            floor=0.0,
             external_BN=features.saliency_BN if self.patch_prior == "external" else None,
         )
         return self.transported(features, theta_BN)
@@ -181,15 +155,9 @@ class PublishedDotCBM(Bottleneck):
         cosine_BNM = cosine_similarity(adapted_BND, concept_MD)
         num_patches, num_concepts = cosine_BNM.shape[1:]
         cost, theta, gamma = 1 - cosine_BNM, theta_BN, self.gamma_M.expand(patch_BND.shape[0], -1)
-        if self.null_cost is not None:
-            cost, theta, gamma = add_null(
-                cost,
-                theta,
-                gamma,
-                null_concept_mass=self.null_concept,
-                null_patch_mass=self.null_patch,
-                null_cost=self.null_cost,
-            )
+        if self.null_concept:
+            # Balanced plans do not depend on what a null concept alone costs.
+            cost, theta, gamma = add_null(cost, theta, gamma, null_concept_mass=self.null_concept, null_patch_mass=0.0, null_cost=1.0)
         transport = sinkhorn(
             cost,
             theta,
@@ -198,18 +166,15 @@ class PublishedDotCBM(Bottleneck):
             max_iter=self.iterations,
             tol=None,
             solver=self.solver,
-            relax_patch=self.relax_patch,
-            relax_concept=self.relax_concept,
             check=False,
         )
         plan_BNM = transport.plan_BNM[:, :num_patches, :num_concepts]
-        # Balanced columns sum to gamma; relaxed ones keep gamma as the yardstick, so that a concept that attracts little mass scores low.
         mass_BM = gamma[:, :num_concepts]
         weight_BNM = plan_BNM / mass_BM[:, None, :].clamp(min=1e-12)
         logit_BM, evidence_BNM = self.readout(
             weight_BNM,
             cosine_BNM=cosine_BNM,
-            feature_BND=patch_BND if self.value_on == "encoder" else adapted_BND,
+            feature_BND=patch_BND,
             mass_BM=mass_BM,
         )
         return ConceptOutput(

@@ -26,10 +26,9 @@ from torch import Tensor, nn
 
 from dotcbm.structures import Problem
 
-__all__ = ["BiasStart", "Readout", "ReadoutKind", "ValueOn", "frequency_logit"]
+__all__ = ["BiasStart", "Readout", "ReadoutKind", "frequency_logit"]
 
 ReadoutKind = Literal["paper", "cosine", "value"]
-ValueOn = Literal["encoder", "adapted"]
 BiasStart = Literal["zero", "frequency"]
 
 

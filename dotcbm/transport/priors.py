@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 PatchPrior = Literal["dot", "cosine", "norm", "uniform", "external", "border"]
-ConceptPrior = Literal["eq18", "figure2", "frequency", "uniform"]
+ConceptPrior = Literal["eq18", "figure2", "uniform"]
 
 
 def patch_prior(
@@ -115,14 +115,12 @@ def concept_prior(
     concepts: ConceptSet,
     *,
     temperature: float = 1.0,
-    frequency_M: Tensor | None = None,
 ) -> Tensor:
-    """The concept marginal gamma from the classes' concepts L, or from label frequencies.
+    """The concept marginal gamma from the classes' concepts L.
 
     With r_i = sum_j sum_k L_ki L_kj / sum_k L_ki, how much company concept i keeps (17):
         eq18       (1 - softmax(r / temperature)) / (M - 1), the paper's (18) renormalised
         figure2    softmax(-r / temperature) with r standardised, after the paper's Figure 2
-        frequency  proportional to frequency^(1 / temperature); a concept that never shows gets no mass
         uniform    1 / M
     Unknown (NaN) entries of L are left out pair by pair; a concept nobody knows anything about counts as average.
 
@@ -130,14 +128,12 @@ def concept_prior(
         kind: Which prior.
         concepts: M concepts with their class-concept matrix.
         temperature: > 0.
-        frequency_M: (M,) share of the training pictures that show a concept; "frequency" alone reads it, and falls back on the
-            classes' mean, each class counted once. NaN counts as average.
 
     Returns:
         (M,) float32 gamma, sums to 1.
 
     Raises:
-        ValueError: temperature out of range, frequencies that are negative, all zero or of the wrong shape, an unknown kind.
+        ValueError: temperature out of range, an unknown kind.
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be positive")
@@ -150,10 +146,8 @@ def concept_prior(
         gamma_M = 1 - torch.softmax(_company(L_KM) / temperature, dim=0) if M > 1 else torch.ones_like(L_KM[0])
     elif kind == "figure2":
         gamma_M = torch.softmax(-standardise(_company(L_KM)) / temperature, dim=0)
-    elif kind == "frequency":
-        gamma_M = _frequency(L_KM.nanmean(0) if frequency_M is None else frequency_M, M) ** (1 / temperature)
     else:
-        raise ValueError(f"the concept prior is {kind!r}; choose eq18, figure2, frequency or uniform")
+        raise ValueError(f"the concept prior is {kind!r}; choose eq18, figure2 or uniform")
     return (gamma_M / gamma_M.sum()).float()
 
 
@@ -259,20 +253,6 @@ def _company(L_KM: Tensor) -> Tensor:
     some_M = num_known_M > 0
     average = r_M[some_M].mean() if some_M.any() else r_M.new_zeros(())
     return r_M.where(some_M, average)
-
-
-def _frequency(frequency_M: Tensor, num_concepts: int) -> Tensor:
-    if tuple(frequency_M.shape) != (num_concepts,):
-        raise ValueError(f"frequency_M has shape {tuple(frequency_M.shape)}; {num_concepts} concepts need ({num_concepts},)")
-    f_M = frequency_M.detach().double()
-    known_M = ~f_M.isnan()
-    if not known_M.any():
-        return torch.ones_like(f_M)
-    if bool((f_M[known_M] < 0).any()) or not bool((f_M[known_M] > 0).any()):
-        raise ValueError(
-            f"concept frequencies lie between {f_M[known_M].min():g} and {f_M[known_M].max():g}; give shares >= 0, not all zero"
-        )
-    return f_M.where(known_M, f_M[known_M].mean())
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

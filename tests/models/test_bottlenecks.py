@@ -32,14 +32,13 @@ BOTTLENECKS: dict[str, Callable[[Problem], Bottleneck]] = {
     "mean": lambda p: DotProduct(p, pooling="mean", dim=8),
     "max": lambda p: DotProduct(p, pooling="max", dim=8),
     "softmax value": lambda p: DotProduct(p, pooling="softmax", readout="value", dim=8),
-    "softmax value adapted": lambda p: DotProduct(p, pooling="softmax", readout="value", value_on="adapted", dim=8),
     "max from the frequency": lambda p: DotProduct(p, pooling="max", dim=8, readout_scale=40.0, readout_bias="frequency"),
     "parts": lambda p: DotCBM(p, num_parts=3, num_clusterings=2, part_width=8),
     "parts balanced": lambda p: DotCBM(p, num_parts=3, num_clusterings=2, relax_patch=None, power=1.0, head_on="probability"),
     "dot": lambda p: PublishedDotCBM(p, dim=8),
-    "dot cosine": lambda p: PublishedDotCBM(p, dim=8, readout="cosine", null_patch=0.3),
-    "dot adapted": lambda p: PublishedDotCBM(p, dim=8, value_on="adapted", null_concept=0.0, concept_prior="figure2"),
-    "dot relaxed": lambda p: PublishedDotCBM(p, dim=8, relax_concept=0.5, relax_patch=1.0, patch_prior="border"),
+    "dot cosine": lambda p: PublishedDotCBM(p, dim=8, readout="cosine", null_concept=0.3),
+    "dot figure 2": lambda p: PublishedDotCBM(p, dim=8, null_concept=0.0, concept_prior="figure2"),
+    "dot border": lambda p: PublishedDotCBM(p, dim=8, patch_prior="border"),
     "dot paper": lambda p: PublishedDotCBM(p, dim=8, readout="paper", null_concept=0.0, patch_prior="cosine"),
 }
 
@@ -141,7 +140,7 @@ def test_the_printed_readout_at_the_paper_s_size_moves_by_a_hundred_thousandth()
 
 def test_plan_has_the_marginals_it_was_given() -> None:
     torch.manual_seed(0)
-    model = PublishedDotCBM(make_problem(), dim=8, null_concept=0.0, eps=0.2, iterations=300, patch_floor=0.1).eval()
+    model = PublishedDotCBM(make_problem(), dim=8, null_concept=0.0, eps=0.2, iterations=300).eval()
     out = model(make_features())
     assert out.plan_BNM is not None
     assert out.theta_BN is not None
@@ -257,7 +256,7 @@ def test_linear_probe_reads_the_global_token() -> None:
     ("settings", "message"),
     [
         ({"null_concept": 1.0}, "null_concept"),
-        ({"null_patch": -0.1}, "null_patch"),
+        ({"null_concept": -0.1}, "null_concept"),
         ({"eps": 0.0}, "eps"),
         ({"iterations": 0}, "iterations"),
         ({"adapter": "identity", "dim": 7}, "identity"),

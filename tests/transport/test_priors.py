@@ -166,7 +166,7 @@ def test_unknown_entries_are_left_out_pair_by_pair():
     complete = concepts([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
     # A class nobody knows anything about changes nothing; a concept nobody knows anything about counts as average.
     more = concepts([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0], [NAN, NAN, NAN]])
-    for kind in ("eq18", "figure2", "frequency"):
+    for kind in ("eq18", "figure2"):
         torch.testing.assert_close(concept_prior(kind, more), concept_prior(kind, complete))
     lopsided = concepts([[1.0, 1.0, NAN], [1.0, 0.0, NAN], [1.0, 0.0, NAN]])
     score = concept_prior("figure2", lopsided).log()
@@ -178,29 +178,12 @@ def test_unknown_entries_are_left_out_pair_by_pair():
     torch.testing.assert_close(concept_prior("eq18", partly), torch.tensor([e[1], e[0]]) / sum(e))
 
 
-def test_frequency_prior():
-    three = concepts([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
-    torch.testing.assert_close(concept_prior("frequency", three), torch.tensor([2 / 3, 0.0, 1 / 3]))
-    given_frequency = torch.tensor([0.1, 0.4, NAN])
-    torch.testing.assert_close(concept_prior("frequency", three, frequency_M=given_frequency), torch.tensor([0.1, 0.4, 0.25]) / 0.75)
-    flat = concept_prior("frequency", three, frequency_M=given_frequency, temperature=2.0)
-    torch.testing.assert_close(flat, torch.tensor([0.1, 0.4, 0.25]).sqrt() / torch.tensor([0.1, 0.4, 0.25]).sqrt().sum())
-    nobody_knows = concepts([[NAN, NAN]])
-    torch.testing.assert_close(concept_prior("frequency", nobody_knows), torch.tensor([0.5, 0.5]))
-
-
 def test_concept_prior_errors():
     two = concepts([[1.0, 0.0]])
-    with pytest.raises(ValueError, match="concept prior is 'eq17'; choose eq18, figure2, frequency or uniform"):
+    with pytest.raises(ValueError, match="concept prior is 'eq17'; choose eq18, figure2 or uniform"):
         concept_prior("eq17", two)
     with pytest.raises(ValueError, match="temperature is 0"):
         concept_prior("uniform", two, temperature=0.0)
-    with pytest.raises(ValueError, match=r"frequency_M has shape \(3,\); 2 concepts need \(2,\)"):
-        concept_prior("frequency", two, frequency_M=torch.ones(3))
-    with pytest.raises(ValueError, match="give shares >= 0, not all zero"):
-        concept_prior("frequency", two, frequency_M=torch.zeros(2))
-    with pytest.raises(ValueError, match="give shares >= 0"):
-        concept_prior("frequency", two, frequency_M=torch.tensor([0.5, -0.1]))
 
 
 def test_perplexity_counts_the_entries_in_use():
