@@ -3,10 +3,9 @@
 After Xie et al., "Discovering Fine-Grained Visual-Concept Relations by Disentangled Optimal Transport Concept Bottleneck Models",
 CVPR 2025 (arXiv 2505.07209). Patches are transported onto *parts*, and concepts read what arrived at the part that they speak of:
 
-    theta_i   ~ sigmoid((saliency_i - core) / softness)      patch prior: norms of the features, averaged over 3 x 3 patches
+    theta_i   ~ sigmoid((saliency_i - core) / edge)          patch prior: norms of the features, averaged over 3 x 3 patches
     plan_ic   = transport of theta onto C parts at the cost 1 - cos(patch_i, part_c), entropy eps, and every part the same mass
-    seen_ig   = (1 - whole) sum_c share_gc C plan_ic + whole theta_i    what a group of concepts ("bill shape") looks at: its parts, and
-                                                             the object's core around them; sums to 1 over the patches
+    seen_ig   = sum_c share_gc C plan_ic                     what a group of concepts ("bill shape") looks at; sums to 1 over the patches
     x_gd      = sum_i seen_ig a_id f_id / sum_i seen_ig a_id, a_id = |f_id|^(p-1) + a floor
     logit_j   = w_j . (x_g(j) - mean) / scale + b_j
 
@@ -27,14 +26,12 @@ winning_ablation.yaml, the figures there are in reports/winning.md. `PublishedDo
 3. The patches' side of the transport is free by default (`relax_patch` 0): theta is then a reference measure, a part may find its
    place where others find theirs, and the plan is known in closed form. None is the paper's balanced plan, a positive number the KL
    penalty between the two. Rows "balanced", "relaxed".
-4. Half of what a concept looks at is the object's core as a whole. A part seen in a few patches is noisy; and the whole keeps the map,
-   which is what the logit is read from, honest, where a second reading beside it would not. Rows "whole 0", "whole 1" (no parts).
-5. Readout: a linear value on what the encoder says of the part, weighted by activity, early and late. The printed score cannot leave
+4. Readout: a linear value on what the encoder says of the part, weighted by activity, early and late. The printed score cannot leave
    sigmoid(1) (see `dotcbm.models.readout`). The last features of any patch on the object know its class and, behind it, where such
    objects live; early ones know what the patch shows. Rows "mean within the part", "without details".
-6. No adapters, no concept embeddings, no orthogonality losses: nothing is left for them to do. Row "DOT-CBM, patches to concepts" has them.
-7. The class head reads logits, which keep how sure a concept is. Row "head on probabilities".
-8. gamma is uniform over the parts; equations 17 and 18 are about concepts.
+5. No adapters, no concept embeddings, no orthogonality losses: nothing is left for them to do. Row "DOT-CBM, patches to concepts" has them.
+6. The class head reads logits, which keep how sure a concept is. Row "head on probabilities".
+7. gamma is uniform over the parts; equations 17 and 18 are about concepts.
 """
 
 from __future__ import annotations
@@ -47,10 +44,11 @@ import torch
 from torch import Tensor, nn
 
 from dotcbm.models.base import Bottleneck
+from dotcbm.models.object_core import CORES
 from dotcbm.models.parts import Parts, group_shares, part_plan
 from dotcbm.models.readout import frequency_logit
 from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
-from dotcbm.transport.priors import core_prior, patch_prior
+from dotcbm.transport.priors import core_prior
 
 __all__ = ["DotCBM", "HeadOn"]
 
@@ -69,6 +67,7 @@ class DotCBM(Bottleneck):
     mean_GX: Tensor
     scale_GX: Tensor
     group_M: Tensor
+    core_at: Tensor
     found: Tensor
 
     def __init__(
@@ -79,10 +78,9 @@ class DotCBM(Bottleneck):
         num_clusterings: int = 8,
         part_width: int = 64,
         scored: bool = True,
-        whole: float = 0.5,
-        core: float | None = 0.83,
-        softness: float = 0.025,
-        patch_temperature: float = 0.25,
+        core: float | None = None,
+        keep: float = 0.82,
+        softness: float = 1 / 6,
         patch_smoothing: int = 3,
         eps: float = 0.1,
         relax_patch: float | None = 0.0,
@@ -98,12 +96,11 @@ class DotCBM(Bottleneck):
         num_clusterings: Clusterings, whose parts stand side by side: C = num_parts * num_clusterings. One alone is a matter of luck.
         scored: Give each group of concepts the parts that predict it; else all of them alike, as a control.
         part_width: Width E of the space in which patches and parts are compared; at most the encoder's.
-        whole: Share of what a group looks at that is the whole object, theta, and not its parts, in [0, 1]. Concepts become surer by
-            it, where they look hardly changes: a part is a small place with a lot of mass. 1 reads the object alone, as a control.
         core: Where the core of what stands out begins (`dotcbm.transport.priors.core_prior`); lower, and the maps reach further to
-            the rim and over it. None for a softmax of the saliency.
-        softness: Of the core's edge.
-        patch_temperature: Of that softmax, on standardised saliency; without effect where there is a core.
+            the rim and over it. None for the core that suits the training pictures (`dotcbm.models.object_core`).
+        keep: Share of what can be predicted within the best core that the chosen one must keep; without effect where core is given.
+            Higher takes wider cores: surer concepts, more of the maps on the background.
+        softness: Of the core's edge, as a share of what lies above it, 1 - core: a wide core has a soft edge.
         patch_smoothing: Side, odd, of the square of patches over which the saliency is averaged; 1 for no averaging.
         eps: Entropy of the plan, on costs in [0, 2]; smaller tells parts apart more sharply.
         relax_patch: Strength of the KL term that holds the plan's patch marginal to theta: 0 leaves it free, None makes it exact.
@@ -123,10 +120,9 @@ class DotCBM(Bottleneck):
                 "num_clusterings": num_clusterings,
                 "part_width": part_width,
                 "scored": scored,
-                "whole": whole,
                 "core": core,
+                "keep": keep,
                 "softness": softness,
-                "patch_temperature": patch_temperature,
                 "patch_smoothing": patch_smoothing,
                 "eps": eps,
                 "relax_patch": relax_patch,
@@ -142,15 +138,14 @@ class DotCBM(Bottleneck):
                 raise ValueError(f"{name} is {value}; give 1 or more")
         if power < 1:
             raise ValueError(f"power is {power}; below 1 the mean would dwell on the patches in which a channel is silent")
-        if not 0 <= whole <= 1:
-            raise ValueError(f"whole is {whole}; it is a share, from 0 to 1")
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep is {keep}; it is a share, above 0 and at most 1")
         if l2 < 0:
             raise ValueError(f"l2 is {l2}; a penalty is not negative")
         if head_on not in get_args(HeadOn):
             raise ValueError(f"head_on is {head_on!r}; choose one of {list(get_args(HeadOn))}")
         self.num_parts, self.num_clusterings, self.scored = num_parts, num_clusterings, scored
-        self.whole, self.core, self.softness = whole, core, softness
-        self.patch_temperature, self.patch_smoothing = patch_temperature, patch_smoothing
+        self.core, self.keep, self.softness, self.patch_smoothing = core, keep, softness, patch_smoothing
         self.eps, self.relax_patch, self.iterations = eps, relax_patch, iterations
         self.power, self.l2 = power, l2
         self.head_on: HeadOn = head_on
@@ -163,6 +158,7 @@ class DotCBM(Bottleneck):
         self.register_buffer("basis_DE", torch.eye(width, part_width))
         self.register_buffer("part_CE", torch.zeros(num_all, part_width))
         self.register_buffer("activity", torch.tensor(1.0))
+        self.register_buffer("core_at", torch.tensor(CORES[0] if core is None else core))
         self.register_buffer("share_GC", torch.full((num_groups, num_all), 1 / num_all))
         self.detail_width = problem.detail_width if read_details else 0
         num_read = width + self.detail_width
@@ -176,8 +172,8 @@ class DotCBM(Bottleneck):
         self.head = nn.Linear(num_concepts, problem.concepts.num_classes)
 
     @torch.no_grad()
-    def set_parts(self, parts: Parts) -> None:
-        """Look for these parts from now on. Call `set_scale` next: what the weights read has changed.
+    def set_parts(self, parts: Parts, *, core: float | None = None) -> None:
+        """Look for these parts from now on, within this core if it is given. Call `set_scale` next: what the weights read has changed.
 
         Raises:
             ValueError: Parts of another encoder, of other settings, or of other groups of concepts.
@@ -192,6 +188,8 @@ class DotCBM(Bottleneck):
         if share_GC.shape != self.share_GC.shape:
             raise ValueError(f"the parts serve {len(share_GC)} groups of concepts; there are {len(self.share_GC)}")
         self.share_GC.copy_(share_GC)
+        if core is not None:
+            self.core_at.fill_(core)
         self.found.fill_(True)
 
     @torch.no_grad()
@@ -211,9 +209,7 @@ class DotCBM(Bottleneck):
 
     def prior(self, features: PatchFeatures) -> Tensor:
         """(B, N) theta."""
-        if self.core is not None:
-            return core_prior(features, core=self.core, softness=self.softness, smoothing=self.patch_smoothing)
-        return patch_prior("norm", features, temperature=self.patch_temperature, floor=0.0, smoothing=self.patch_smoothing)
+        return core_prior(features, core=self.core_at, softness=self.softness * (1 - self.core_at), smoothing=self.patch_smoothing)
 
     def look(self, patch_BND: Tensor, theta_BN: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, G) where each group of concepts looks, columns summing to 1, and (B,) the residual of the transport.
@@ -226,8 +222,7 @@ class DotCBM(Bottleneck):
         plan_BNC, residual_B = part_plan(
             embedded_BNE, self.part_CE, theta_BN, eps=self.eps, relax_patch=self.relax_patch, iterations=self.iterations
         )
-        seen_BNG = plan_BNC @ self.share_GC.T
-        return (1 - self.whole) * seen_BNG + self.whole * theta_BN[:, :, None], residual_B
+        return plan_BNC @ self.share_GC.T, residual_B
 
     def read(self, features: PatchFeatures, seen_BNG: Tensor) -> Tensor:
         """(B, G, X) what each group reads of the patches that it looks at: the Lehmer means of the D features, and the means of the L

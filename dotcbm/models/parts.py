@@ -30,7 +30,7 @@ from dotcbm.transport.cost import cosine_cost
 from dotcbm.transport.priors import patch_prior, standardise
 from dotcbm.transport.sinkhorn import sinkhorn
 
-__all__ = ["Parts", "cluster", "find_parts", "group_shares", "part_plan", "score_parts"]
+__all__ = ["Parts", "cluster", "collected_details", "find_parts", "group_shares", "part_plan", "score_parts"]
 
 _FOREGROUND = 0.3  # deviations of the norm above which a patch takes part in the clustering
 _SAMPLE = 30_000  # patches that are clustered
@@ -88,28 +88,48 @@ def find_parts(
         ValueError: Fewer foreground patches than parts.
     """
     centre_D, basis_DE, activity = _part_space(patches, width=part_width)
-    embedded_nNE = torch.cat([_embedded(part, centre_D, basis_DE) for part in patches.patch_BND.split(_CHUNK)])
-    foreground_FE = embedded_nNE[_foreground(patches)]
+    foreground_FE = torch.cat(
+        [
+            _embedded(part[chosen], centre_D, basis_DE)
+            for part, chosen in zip(patches.patch_BND.split(_CHUNK), _foreground(patches).split(_CHUNK), strict=True)
+        ]
+    )
     if len(foreground_FE) < num_parts:
         raise ValueError(f"{len(foreground_FE)} patches of the training pictures stand out, too few for {num_parts} parts; lower num_parts")
-    detail_nNL = patches.detail_BNL
-    if detail_nNL is None:
-        detail_nNL = torch.cat([embedded_nNE, embedded_nNE.square()], 2)
-    theta_nN = torch.cat([_wide_prior(patches, rows) for rows in torch.arange(len(label_n)).split(_CHUNK)])
+    found = Parts(centre_D, basis_DE, foreground_FE[:0], activity, torch.zeros(0))
     parts, scores = [], []
     for clustering in range(num_clusterings):
         generator = torch.Generator().manual_seed(seed * num_clusterings + clustering)
         chosen_X = torch.randperm(len(foreground_FE), generator=generator)[:_SAMPLE].to(foreground_FE.device)
         part_CE = cluster(foreground_FE[chosen_X], num_parts, generator=generator)
-        collected = []
-        for rows in torch.arange(len(label_n)).split(_CHUNK):
-            plan_XNC = part_plan(embedded_nNE[rows], part_CE, theta_nN[rows], eps=_EPS, relax_patch=0.0)[0]
-            collected.append(plan_XNC.transpose(1, 2) @ detail_nNL[rows].to(plan_XNC.dtype))
-        detail_nCL = torch.cat(collected)
+        detail_nCL = collected_details(patches, found, part_CE=part_CE, eps=_EPS, prior=_wide_prior)
         parts.append(part_CE)
         scores.append(score_parts(detail_nCL, concept_nM=concept_nM, label_n=label_n, group_M=group_M))
         advance()
     return Parts(centre_D, basis_DE, torch.cat(parts), activity, torch.cat(scores, 1))
+
+
+def collected_details(
+    patches: PatchFeatures, parts: Parts, *, part_CE: Tensor, eps: float, prior: Callable[[PatchFeatures], Tensor]
+) -> Tensor:
+    """(n, C, L) the details that each part collects in each picture: their mean over its plan. Without details, those of the patches in
+    part space and their squares stand in.
+
+    Args:
+        patches: Of n pictures.
+        parts: Whose space the parts lie in.
+        part_CE: The C parts.
+        eps: Of the transport; its patch marginal is free.
+        prior: (B, N) theta of some of the pictures.
+    """
+    collected = []
+    for rows in torch.arange(len(patches.patch_BND)).split(_CHUNK):
+        chunk = patches.rows(rows)
+        embedded_BNE = _embedded(chunk.patch_BND, parts.centre_D, parts.basis_DE)
+        plan_BNC = part_plan(embedded_BNE, part_CE, prior(chunk), eps=eps, relax_patch=0.0)[0]
+        detail_BNL = chunk.detail_BNL if chunk.detail_BNL is not None else torch.cat([embedded_BNE, embedded_BNE.square()], 2)
+        collected.append(plan_BNC.transpose(1, 2) @ detail_BNL.to(plan_BNC.dtype))
+    return torch.cat(collected)
 
 
 def part_plan(
@@ -257,5 +277,5 @@ def _foreground(patches: PatchFeatures) -> Tensor:
     return standardise(norm_nN) > _FOREGROUND
 
 
-def _wide_prior(patches: PatchFeatures, rows: Tensor) -> Tensor:
-    return patch_prior("norm", patches.rows(rows), temperature=_TEMPERATURE, floor=0.0, smoothing=3)
+def _wide_prior(patches: PatchFeatures) -> Tensor:
+    return patch_prior("norm", patches, temperature=_TEMPERATURE, floor=0.0, smoothing=3)

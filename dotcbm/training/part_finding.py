@@ -1,4 +1,5 @@
-"""Before the training: find the parts that a bottleneck transports patches onto, in the training pictures.
+"""Before the training: find the parts that a bottleneck transports patches onto, and the core of the object that they lie in, in the
+training pictures.
 
 It takes the plain view of at most `_MOST` pictures, drawn evenly from the classes, the encoder's features of them, and the
 concepts that they are labelled with. Neither masks nor key points are read.
@@ -18,6 +19,7 @@ from dotcbm.data.batches import mix_seed, prepare_view
 from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.encoders.image import ImageEncoder
 from dotcbm.models.dot_cbm import DotCBM
+from dotcbm.models.object_core import CORES, choose_core, core_scores
 from dotcbm.models.parts import find_parts
 from dotcbm.structures import PatchFeatures
 
@@ -56,18 +58,31 @@ def prepare_parts(bottleneck: DotCBM, data: ConceptDataModule, encoder: ImageEnc
     patches = _features(data, encoder, rows, device=device).to(device)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         clusterings = progress.add_task("Finding parts", total=bottleneck.num_clusterings)
+        known = {"concept_nM": dataset.concept_NM[rows], "label_n": dataset.label_N[rows], "group_M": bottleneck.group_M.cpu()}
         parts = find_parts(
             patches,
-            concept_nM=dataset.concept_NM[rows],
-            label_n=dataset.label_N[rows],
-            group_M=bottleneck.group_M.cpu(),
+            **known,
             num_parts=bottleneck.num_parts,
             num_clusterings=bottleneck.num_clusterings,
             part_width=bottleneck.part_CE.shape[1],
             seed=seed,
             advance=partial(progress.advance, clusterings),
         )
-    bottleneck.set_parts(parts)
+        core = bottleneck.core
+        if core is None:
+            cores = progress.add_task("Choosing the core", total=len(CORES))
+            scores = core_scores(
+                patches,
+                parts,
+                **known,
+                num_parts=bottleneck.num_parts,
+                eps=bottleneck.eps,
+                softness=bottleneck.softness,
+                smoothing=bottleneck.patch_smoothing,
+                advance=partial(progress.advance, cores),
+            )
+            core = choose_core(scores, keep=bottleneck.keep)
+    bottleneck.set_parts(parts, core=core)
     read = []
     for part in torch.arange(len(rows)).split(_CHUNK):
         chunk = patches.rows(part).to(dtype=torch.float32)
@@ -77,7 +92,10 @@ def prepare_parts(bottleneck: DotCBM, data: ConceptDataModule, encoder: ImageEnc
     how = (
         "details" if patches.detail_BNL is not None else "their patches: this encoder gives no details, which would tell them apart better"
     )
-    rank_zero_info(f"Found {len(parts.part_CE)} parts in {len(rows)} training pictures, and which groups of concepts they show by {how}")
+    rank_zero_info(
+        f"Found {len(parts.part_CE)} parts in {len(rows)} training pictures, and which groups of concepts they show by {how}; the object's "
+        f"core begins at {core:g}"
+    )
 
 
 def _drawn(label_N: Tensor, *, seed: int) -> Tensor:

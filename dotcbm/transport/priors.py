@@ -82,7 +82,7 @@ def patch_prior(
     return (1 - floor) * theta_BN + floor / theta_BN.shape[-1]
 
 
-def core_prior(features: PatchFeatures, *, core: float, softness: float, smoothing: int = 3) -> Tensor:
+def core_prior(features: PatchFeatures, *, core: float | Tensor, softness: float | Tensor, smoothing: int = 3) -> Tensor:
     """The patch marginal that is even over the core of what stands out: theta ~ sigmoid((S / max S - core) / softness), S the norms of the
     patches, averaged over neighbours (`neighbour_mean`) and standardised in each picture.
 
@@ -90,7 +90,8 @@ def core_prior(features: PatchFeatures, *, core: float, softness: float, smoothi
 
     Args:
         features: Of the batch.
-        core: Share of the way from a picture's mean to its maximum from which a patch belongs to the core, below 1.
+        core: Share of the way from a picture's mean to its maximum from which a patch belongs to the core, below 1. This and the next
+            are not checked where they are 0-d tensors.
         softness: Of the edge, > 0, in the same units.
         smoothing: Side, odd, of the square of patches over which norms are averaged.
 
@@ -100,9 +101,9 @@ def core_prior(features: PatchFeatures, *, core: float, softness: float, smoothi
     Raises:
         ValueError: core, softness or smoothing out of range.
     """
-    if not core < 1:
+    if not isinstance(core, Tensor) and not core < 1:
         raise ValueError(f"core is {core}; at 1 and above no patch belongs to it")
-    if not softness > 0:
+    if not isinstance(softness, Tensor) and not softness > 0:
         raise ValueError(f"softness is {softness}; it must be positive")
     saliency_BN = standardise(neighbour_mean(_saliency("norm", features, None), features.grid, side=smoothing))
     highest_B1 = saliency_BN.amax(-1, keepdim=True)
