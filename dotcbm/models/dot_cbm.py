@@ -21,8 +21,9 @@ winning_ablation.yaml, the figures there are in reports/winning.md. `PublishedDo
    pointed more than three points above the one map of feature norms. Rows
    "DOT-CBM, patches to concepts", "all parts alike".
 2. The prior is the core of the smoothed norm. The longest feature lies at the object's rim as often as inside; the mean over neighbours
-   does not. A softmax of it would send all concepts to one spot before the parts are asked; the core is even. Rows "prior not
-   smoothed", "softmax 0.25" to "softmax 1".
+   does not. A softmax of it sent all concepts to one spot before the parts were asked; the core is even. How far it reaches is chosen
+   on the training pictures (`dotcbm.models.object_core`): a cut that suits birds left a drawn creature's parts out. Rows "prior not
+   smoothed", "core from 0" to "core from 0.9", "soft core".
 3. The patches' side of the transport is free by default (`relax_patch` 0): theta is then a reference measure, a part may find its
    place where others find theirs, and the plan is known in closed form. None is the paper's balanced plan, a positive number the KL
    penalty between the two. Rows "balanced", "relaxed".

@@ -12,6 +12,7 @@ from fakes.source import TinySource
 from dotcbm.encoders.image import ImageEncoder
 from dotcbm.hub import from_pretrained, save_pretrained
 from dotcbm.models.dot_cbm import DotCBM
+from dotcbm.models.object_core import CORES
 from dotcbm.training import part_finding
 
 parts = partial(DotCBM, num_parts=2, num_clusterings=2, part_width=8)
@@ -38,6 +39,13 @@ def test_a_run_finds_parts_and_explains_itself(run):
     assert bottleneck.detail_width == task.encoder.detail_width > 0
     output = task.model.predict([torch.randint(0, 255, (3, 70, 60), dtype=torch.uint8)])
     torch.testing.assert_close(output.evidence_BNM.sum(1) + bottleneck.concept.bias, output.concept_logit_BM, atol=1e-4, rtol=1e-4)
+
+
+def test_the_core_is_chosen_where_none_is_given(run):
+    chosen, given = fitted(run), run.task(bottleneck=partial(parts, core=0.35))
+    run.trainer(epochs=1, directory="given").fit(given, datamodule=run.data())
+    assert float(chosen.model.bottleneck.core_at) in torch.tensor(CORES).tolist()
+    assert float(given.model.bottleneck.core_at) == pytest.approx(0.35)
 
 
 def test_the_same_parts_with_and_without_a_cache(run):

@@ -229,6 +229,11 @@ def test_without_averaging_the_longest_patch_is_the_core():
     assert theta_N[7] > 0.99
 
 
+def test_a_core_in_a_tensor_is_the_same():
+    given, in_tensors = (core_prior(blob(), core=kind(0.6), softness=kind(0.1)) for kind in (float, torch.tensor))
+    torch.testing.assert_close(given, in_tensors)
+
+
 def test_nothing_stands_out_of_an_even_picture():
     patch = torch.ones(2, 9, 4)
     torch.testing.assert_close(core_prior(PatchFeatures(patch, patch.mean(1), (3, 3)), core=0.8, softness=0.1), torch.full((2, 9), 1 / 9))
