@@ -80,7 +80,7 @@ class DotCBM(Bottleneck):
         part_width: int = 64,
         scored: bool = True,
         core: float | None = None,
-        keep: float = 0.82,
+        core_tolerance: float = 0.03,
         softness: float = 1 / 6,
         patch_smoothing: int = 3,
         eps: float = 0.1,
@@ -99,8 +99,8 @@ class DotCBM(Bottleneck):
         part_width: Width E of the space in which patches and parts are compared; at most the encoder's.
         core: Where the core of what stands out begins (`dotcbm.transport.priors.core_prior`); lower, and the maps reach further to
             the rim and over it. None for the core that suits the training pictures (`dotcbm.models.object_core`).
-        keep: Share of what can be predicted within the best core that the chosen one must keep; without effect where core is given.
-            Higher takes wider cores: surer concepts, more of the maps on the background.
+        core_tolerance: By how much the AUROC of what is predicted within the chosen core may be below that of the best; without effect
+            where core is given. Smaller takes wider cores: surer concepts, more of the maps on the background.
         softness: Of the core's edge, as a share of what lies above it, 1 - core: a wide core has a soft edge.
         patch_smoothing: Side, odd, of the square of patches over which the saliency is averaged; 1 for no averaging.
         eps: Entropy of the plan, on costs in [0, 2]; smaller tells parts apart more sharply.
@@ -122,7 +122,7 @@ class DotCBM(Bottleneck):
                 "part_width": part_width,
                 "scored": scored,
                 "core": core,
-                "keep": keep,
+                "core_tolerance": core_tolerance,
                 "softness": softness,
                 "patch_smoothing": patch_smoothing,
                 "eps": eps,
@@ -139,14 +139,14 @@ class DotCBM(Bottleneck):
                 raise ValueError(f"{name} is {value}; give 1 or more")
         if power < 1:
             raise ValueError(f"power is {power}; below 1 the mean would dwell on the patches in which a channel is silent")
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep is {keep}; it is a share, above 0 and at most 1")
+        if core_tolerance < 0:
+            raise ValueError(f"core_tolerance is {core_tolerance}; no core predicts better than the best")
         if l2 < 0:
             raise ValueError(f"l2 is {l2}; a penalty is not negative")
         if head_on not in get_args(HeadOn):
             raise ValueError(f"head_on is {head_on!r}; choose one of {list(get_args(HeadOn))}")
         self.num_parts, self.num_clusterings, self.scored = num_parts, num_clusterings, scored
-        self.core, self.keep, self.softness, self.patch_smoothing = core, keep, softness, patch_smoothing
+        self.core, self.core_tolerance, self.softness, self.patch_smoothing = core, core_tolerance, softness, patch_smoothing
         self.eps, self.relax_patch, self.iterations = eps, relax_patch, iterations
         self.power, self.l2 = power, l2
         self.head_on: HeadOn = head_on

@@ -3,8 +3,8 @@
 The norms of an encoder's features rise over the object, on one data set to a plateau and on another to a few peaks: no cut is right for
 both. A narrow core keeps to what is surely object, and off the background; too narrow a one leaves parts out, and what is said of them
 can no longer be predicted. That is measured as the parts are (`dotcbm.models.parts.score_parts`): by how well the details that each
-group's parts collect within a core predict the group's concepts in held-out classes. Of all cores, the narrowest is taken that keeps a
-given share of what the best one predicts above chance.
+group's parts collect within a core predict the group's concepts in held-out classes. Of all cores, the narrowest is taken that predicts
+hardly worse than the best one.
 """
 
 from __future__ import annotations
@@ -20,21 +20,20 @@ from dotcbm.transport.priors import core_prior
 
 __all__ = ["CORES", "choose_core", "core_scores"]
 
-CORES = (0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.3, 0.0)
-"""From narrow to wide; 0 is all patches above the mean of their picture."""
+CORES = (0.85, 0.8, 0.7, 0.6, 0.5, 0.3, 0.0)
+"""From narrow to wide; 0 is all patches above the mean of their picture. Narrower than the first, a core is a patch or two."""
 
 
-def choose_core(score_R: Tensor, *, keep: float) -> float:
-    """The narrowest of `CORES` with keep times the best score above chance, 0.5; the widest where nothing is predicted at all.
+def choose_core(score_R: Tensor, *, tolerance: float) -> float:
+    """The narrowest of `CORES` whose score is at most `tolerance` below the best; the widest where the best is no further above chance.
 
     Args:
         score_R: (R,) of `core_scores`.
-        keep: In (0, 1].
+        tolerance: In AUROC.
     """
-    above_R = (score_R - 0.5).clamp(min=0)
-    if not above_R.max() > 0:
+    if not score_R.max() > 0.5 + tolerance:
         return CORES[-1]
-    return CORES[int((above_R >= keep * above_R.max()).nonzero()[0])]
+    return CORES[int((score_R >= score_R.max() - tolerance).nonzero()[0])]
 
 
 def core_scores(

@@ -81,7 +81,7 @@ def prepare_parts(bottleneck: DotCBM, data: ConceptDataModule, encoder: ImageEnc
                 smoothing=bottleneck.patch_smoothing,
                 advance=partial(progress.advance, cores),
             )
-            core = choose_core(scores, keep=bottleneck.keep)
+            core = choose_core(scores, tolerance=bottleneck.core_tolerance)
     bottleneck.set_parts(parts, core=core)
     read = []
     for part in torch.arange(len(rows)).split(_CHUNK):

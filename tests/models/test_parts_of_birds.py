@@ -27,7 +27,7 @@ def test_groups_of_concepts_point_at_their_parts(shared: Path):
     known = {"concept_nM": birds.concept_NM[rows], "label_n": birds.label_N[rows], "group_M": concepts.group_index_M()}
     parts = find_parts(patches, **known, num_parts=12, num_clusterings=6, part_width=32)
     scores = core_scores(patches, parts, **known, num_parts=12, eps=0.1, softness=1 / 6, smoothing=3)
-    core = choose_core(scores, keep=0.82)
+    core = choose_core(scores, tolerance=0.03)
     assert core in CORES
 
     pointing = {}
