@@ -139,6 +139,10 @@ class DotCBM(Bottleneck):
                 raise ValueError(f"{name} is {value}; give 1 or more")
         if power < 1:
             raise ValueError(f"power is {power}; below 1 the mean would dwell on the patches in which a channel is silent")
+        if core is not None and not core < 1:
+            raise ValueError(f"core is {core}; at 1 and above no patch belongs to it")
+        if not softness > 0:
+            raise ValueError(f"softness is {softness}; it must be positive")
         if core_tolerance < 0:
             raise ValueError(f"core_tolerance is {core_tolerance}; no core predicts better than the best")
         if l2 < 0:

@@ -204,6 +204,8 @@ def test_one_class_leaves_nothing_to_hold_out():
         ({"num_parts": 0}, "num_parts is 0"),
         ({"power": 0.5}, "power is 0.5"),
         ({"l2": -1.0}, "l2 is -1.0"),
+        ({"core": 1.0}, "core is 1.0"),
+        ({"softness": 0.0}, "softness is 0.0"),
         ({"core_tolerance": -0.1}, "core_tolerance is -0.1"),
         ({"head_on": "sign"}, "head_on is 'sign'"),
     ],
