@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from PIL import ImageFile
+
 from dotcbm.report.record import AuditRecord, Interval, PictureCard
 from dotcbm.report.record_file import record_from_dict, record_to_dict, record_to_json, write_whole
 from dotcbm.report.render import charts, numbers, views
@@ -59,12 +61,15 @@ def write_pdf(record: AuditRecord, path: str | Path) -> Path:
         ModuleNotFoundError: jinja2 or weasyprint is not installed; says how to install it.
         OSError: The system has no pango, which weasyprint draws with, or the disk is full.
     """
+    reads_torn_pictures = ImageFile.LOAD_TRUNCATED_IMAGES
     try:
         from weasyprint import HTML
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("a PDF needs weasyprint: pip install 'dotcbm[audit,pdf]'; or print the HTML from a browser") from error
     except OSError as error:  # weasyprint loads pango when it is imported
         raise OSError(f"weasyprint lacks a library of the system ({error}); install pango, or print the HTML from a browser") from error
+    finally:  # weasyprint turns it on for the whole process, and torn pictures of the user would be read as if they were whole
+        ImageFile.LOAD_TRUNCATED_IMAGES = reads_torn_pictures
     page = _page(record, script="").replace("</svg>", f"<style>{_filled(_style('charts.css'))}</style></svg>")
     content = HTML(string=page).write_pdf()
     if content is None:
