@@ -214,7 +214,7 @@ class DotCBM(Bottleneck):
 
     def prior(self, features: PatchFeatures) -> Tensor:
         """(B, N) theta."""
-        return core_prior(features, core=self.core_at, softness=self.softness * (1 - self.core_at), smoothing=self.patch_smoothing)
+        return core_prior(features, core=self.core_at, softness=self.softness, smoothing=self.patch_smoothing)
 
     def look(self, patch_BND: Tensor, theta_BN: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, G) where each group of concepts looks, columns summing to 1, and (B,) the residual of the transport.

@@ -66,7 +66,7 @@ def core_scores(
             parts,
             part_CE=parts.part_CE[:num_parts],
             eps=eps,
-            prior=lambda chunk, core=core: core_prior(chunk, core=core, softness=softness * (1 - core), smoothing=smoothing),
+            prior=lambda chunk, core=core: core_prior(chunk, core=core, softness=softness, smoothing=smoothing),
         )
         score_GC = score_parts(detail_nCL, concept_nM=concept_nM, label_n=label_n, group_M=group_M)
         scores.append((score_GC * share_GC).sum(1).mean())

@@ -278,4 +278,4 @@ def _foreground(patches: PatchFeatures) -> Tensor:
 
 
 def _wide_prior(patches: PatchFeatures) -> Tensor:
-    return patch_prior("norm", patches, temperature=_TEMPERATURE, floor=0.0, smoothing=3)
+    return patch_prior("norm", patches, temperature=_TEMPERATURE, smoothing=3)

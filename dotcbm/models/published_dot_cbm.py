@@ -137,7 +137,6 @@ class PublishedDotCBM(Bottleneck):
             self.patch_prior,
             features.to(dtype=self.head.weight.dtype),
             temperature=self.patch_temperature,
-            floor=0.0,
             external_BN=features.saliency_BN if self.patch_prior == "external" else None,
         )
         return self.transported(features, theta_BN)

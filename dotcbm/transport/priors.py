@@ -1,8 +1,8 @@
 """How much mass each patch and each concept has before anything is transported.
 
 B pictures, N patches, M concepts, K classes, D features. The paper is DOT-CBM (Xie et al., CVPR 2025, arXiv 2505.07209).
-Departures: saliencies are standardised and mixed with the uniform distribution, because raw dot products saturate the softmax
-(4) and raw cosines leave it flat; gamma (18) as printed sums to M - 1, so it is renormalised, which leaves it nearly uniform.
+Departures: saliencies are standardised, because raw dot products saturate the softmax (4) and raw cosines leave it flat;
+gamma (18) as printed sums to M - 1, so it is renormalised, which leaves it nearly uniform.
 """
 
 from __future__ import annotations
@@ -37,11 +37,10 @@ def patch_prior(
     features: PatchFeatures,
     *,
     temperature: float,
-    floor: float,
     smoothing: int = 1,
     external_BN: Tensor | None = None,
 ) -> Tensor:
-    """The patch marginal theta = (1 - floor) softmax(S / temperature) + floor / N, for a saliency S.
+    """The patch marginal theta = softmax(S / temperature), for a saliency S.
 
     S is by kind
         dot       <g, p_i>, the paper's (4), raw: its scale is the encoder's
@@ -57,7 +56,6 @@ def patch_prior(
         kind: Which saliency.
         features: Patches and global token of the batch.
         temperature: > 0; in deviations of S, except for "dot".
-        floor: Share of theta that is spread evenly, in [0, 1].
         smoothing: Side, odd, of the square of patches over which S is averaged first (`neighbour_mean`); 1 for no averaging.
         external_BN: (B, N) saliency, used by and needed for "external" alone.
 
@@ -66,33 +64,30 @@ def patch_prior(
 
     Raises:
         ValueError: A global token of another width than the patches for "dot" and "cosine", a missing, superfluous or
-            misshapen external map, temperature, floor or smoothing out of range, an unknown kind.
+            misshapen external map, temperature or smoothing out of range, an unknown kind.
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be positive")
-    if not 0 <= floor <= 1:
-        raise ValueError(f"floor is {floor}; it is a share in [0, 1]")
     if (external_BN is not None) != (kind == "external"):
         given = "was given" if external_BN is not None else "is missing"
         raise ValueError(f'external_BN {given} with the patch prior {kind!r}; it goes with "external" and only there')
     saliency_BN = neighbour_mean(_saliency(kind, features, external_BN), features.grid, side=smoothing)
     if kind != "dot":
         saliency_BN = standardise(saliency_BN)
-    theta_BN = torch.softmax(saliency_BN / temperature, dim=-1)
-    return (1 - floor) * theta_BN + floor / theta_BN.shape[-1]
+    return torch.softmax(saliency_BN / temperature, dim=-1)
 
 
-def core_prior(features: PatchFeatures, *, core: float | Tensor, softness: float | Tensor, smoothing: int = 3) -> Tensor:
-    """The patch marginal that is even over the core of what stands out: theta ~ sigmoid((S / max S - core) / softness), S the norms of the
+def core_prior(features: PatchFeatures, *, core: float | Tensor, softness: float, smoothing: int = 3) -> Tensor:
+    """The patch marginal that is even over the core of what stands out: theta ~ sigmoid((S / max S - core) / edge), S the norms of the
     patches, averaged over neighbours (`neighbour_mean`) and standardised in each picture.
 
     Unlike a softmax of S it does not prefer one place of the core to another: where in it to look is left to the transport.
 
     Args:
         features: Of the batch.
-        core: Share of the way from a picture's mean to its maximum from which a patch belongs to the core, below 1. This and the next
-            are not checked where they are 0-d tensors.
-        softness: Of the edge, > 0, in the same units.
+        core: Share of the way from a picture's mean to its maximum from which a patch belongs to the core, below 1; a 0-d tensor is not
+            checked.
+        softness: Of the edge, > 0, as a share of what lies above it: edge = softness (1 - core). A wide core has a soft edge.
         smoothing: Side, odd, of the square of patches over which norms are averaged.
 
     Returns:
@@ -103,12 +98,12 @@ def core_prior(features: PatchFeatures, *, core: float | Tensor, softness: float
     """
     if not isinstance(core, Tensor) and not core < 1:
         raise ValueError(f"core is {core}; at 1 and above no patch belongs to it")
-    if not isinstance(softness, Tensor) and not softness > 0:
+    if not softness > 0:
         raise ValueError(f"softness is {softness}; it must be positive")
     saliency_BN = standardise(neighbour_mean(_saliency("norm", features, None), features.grid, side=smoothing))
     highest_B1 = saliency_BN.amax(-1, keepdim=True)
     share_BN = saliency_BN / highest_B1.where(highest_B1 > 0, 1.0)
-    return F.logsigmoid((share_BN - core) / softness).softmax(-1)
+    return F.logsigmoid((share_BN - core) / (softness * (1 - core))).softmax(-1)
 
 
 def concept_prior(
