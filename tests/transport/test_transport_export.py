@@ -29,7 +29,7 @@ class Transport(nn.Module):
         self.kind: PatchPrior = kind
 
     def forward(self, patch_BND: Tensor) -> tuple[Tensor, Tensor]:
-        theta = patch_prior(self.kind, PatchFeatures(patch_BND, patch_BND.mean(1), (4, 4)), temperature=0.5, floor=0.1)
+        theta = patch_prior(self.kind, PatchFeatures(patch_BND, patch_BND.mean(1), (4, 4)), temperature=0.5)
         cost, theta, gamma = add_null(
             cosine_cost(patch_BND, self.concept_MD),
             theta,
