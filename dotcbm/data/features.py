@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -174,7 +174,11 @@ def cache_features(
     key = _key(dataset, encoder=encoder, view=view, dtype=dtype)
     path = Path(directory) / f"{dataset.split}-{view}-{key[:16]}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path.parent / ".lock"):
+    lock = path.with_name(f".{path.name}.lock")
+    with _locked(lock, shared=True):  # verifying takes seconds, and many processes may do it at once
+        with suppress(DamagedCacheError, FileNotFoundError):
+            return FeatureCache(path, key=key)
+    with _locked(lock):
         if path.exists():
             try:
                 return FeatureCache(path, key=key)
@@ -375,15 +379,15 @@ def _header(shape: tuple[int, ...], dtype: FeatureType) -> bytes:
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Only one process at a time is inside, where the system has flock; the lock ends with its process."""
+def _locked(lock: Path, *, shared: bool = False) -> Iterator[None]:
+    """Only one process at a time is inside, or only those that share, where the system has flock; the lock ends with its process."""
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
     with lock.open("w") as opened:
-        fcntl.flock(opened, fcntl.LOCK_EX)
+        fcntl.flock(opened, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
 
 

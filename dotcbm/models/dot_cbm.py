@@ -5,11 +5,14 @@ CVPR 2025 (arXiv 2505.07209). Patches are transported onto *parts*, and concepts
 
     theta_i   ~ sigmoid((saliency_i - core) / edge)          patch prior: norms of the features, averaged over 3 x 3 patches
     plan_ic   = transport of theta onto C parts at the cost 1 - cos(patch_i, part_c), entropy eps, and every part the same mass
-    seen_ig   = sum_c share_gc C plan_ic                     what a group of concepts ("bill shape") looks at; sums to 1 over the patches
-    x_gd      = sum_i seen_ig a_id f_id / sum_i seen_ig a_id, a_id = |f_id|^(p-1) + a floor
-    logit_j   = w_j . (x_g(j) - mean) / scale + b_j
+    found_ig  = sum_c share_gc C plan_ic                     where a group of concepts ("bill shape") is found; sums to 1 over the patches
+    seen_ij   = found_ig(j), or ~ sqrt(theta_i found_ig(j)) exp(2 patch_i . query_j), where concept j learns its query
+    x_jd      = sum_i seen_ij a_id f_id / sum_i seen_ij a_id, a_id = |f_id|^(p-1) + a floor
+    logit_j   = w_j . (x_j - mean_j) / scale_j + b_j
 
-The parts are found before the training, without part labels (`dotcbm.models.parts`). x weighs a channel by where in the part it is
+The parts are found before the training, without part labels (`dotcbm.models.parts`). Queries are learned for concepts that vary within
+classes, the labels of single pictures: such a label is explained best by what the picture shows at the right place. The label of a
+class is explained by anything that tells the class, anywhere; its concepts look where their group is found. x weighs a channel by where in the part it is
 active (a Lehmer mean); details, the encoder's early features, have their plain mean over the part beside it. The logit is a sum over
 patches and channels, so what a patch adds to it is exact.
 
@@ -33,6 +36,9 @@ winning_ablation.yaml, the figures there are in reports/winning.md. `PublishedDo
 5. No adapters, no concept embeddings, no orthogonality losses: nothing is left for them to do. Row "DOT-CBM, patches to concepts" has them.
 6. The class head reads logits, which keep how sure a concept is. Row "head on probabilities".
 7. gamma is uniform over the parts; equations 17 and 18 are about concepts.
+8. A concept that varies within classes learns its place: patches to concepts, as printed, but from a start that knows the parts, in a
+   prior as wide as it goes, and with labels that say something of places. Row "DOT-CBM, found places only" of strengths.yaml and
+   blood_cells.yaml; on birds, whose labels are of classes, row "places learned".
 """
 
 from __future__ import annotations
@@ -42,23 +48,27 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.object_core import CORES
-from dotcbm.models.parts import Parts, group_shares, part_plan
+from dotcbm.models.parts import Parts, group_shares, part_plan, within_class_share
 from dotcbm.models.readout import frequency_logit
 from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
 from dotcbm.transport.priors import core_prior
 
-__all__ = ["DotCBM", "HeadOn"]
+__all__ = ["DotCBM", "HeadOn", "LearnPlaces"]
 
 HeadOn = Literal["probability", "logit"]
+LearnPlaces = Literal["varying", "all", "none"]
+_VARIES = 0.05  # share of the variance within classes from which on a place is learned; less is noise of labelling
+_SEARCH_EPS = 0.5  # entropy of a search; what it sets is how fast queries learn beside the weights
 _SILENT = 0.1  # of a typical activity: what a patch weighs in a Lehmer mean in which the channel is silent
 
 
 class DotCBM(Bottleneck):
-    """Patches to found parts, parts to concepts, concepts to classes."""
+    """Patches to found parts, from there to concepts, concepts to classes."""
 
     centre_D: Tensor
     basis_DE: Tensor
@@ -68,6 +78,7 @@ class DotCBM(Bottleneck):
     mean_GX: Tensor
     scale_GX: Tensor
     group_M: Tensor
+    learned_M: Tensor
     core_at: Tensor
     found: Tensor
 
@@ -88,6 +99,7 @@ class DotCBM(Bottleneck):
         iterations: int = 50,
         power: float = 2.0,
         read_details: bool = True,
+        learn_places: LearnPlaces = "varying",
         l2: float = 0.2,
         head_on: HeadOn = "logit",
     ) -> None:
@@ -98,7 +110,8 @@ class DotCBM(Bottleneck):
         scored: Give each group of concepts the parts that predict it; else all of them alike, as a control.
         part_width: Width E of the space in which patches and parts are compared; at most the encoder's.
         core: Where the core of what stands out begins (`dotcbm.transport.priors.core_prior`); lower, and the maps reach further to
-            the rim and over it. None for the core that suits the training pictures (`dotcbm.models.object_core`).
+            the rim and over it. None for the core that suits the training pictures (`dotcbm.models.object_core`); where places are
+            learned, for the widest.
         core_tolerance: By how much the AUROC of what is predicted within the chosen core may be below that of the best; without effect
             where core is given. Smaller takes wider cores: surer concepts, more of the maps on the background.
         softness: Of the core's edge, as a share of what lies above it, 1 - core: a wide core has a soft edge.
@@ -108,6 +121,8 @@ class DotCBM(Bottleneck):
         iterations: Sinkhorn passes; without effect where relax_patch is 0.
         power: Of the Lehmer mean; 1 is the plain mean over the part.
         read_details: Read the details beside the features, where the encoder gives them. Parts are found by them in any case.
+        learn_places: Whose places are learned in training, from where the group's parts are: of concepts that vary within classes, of
+            all, or of none.
         l2: Strength of the penalty l2 / 2 times the mean over concepts of the squared norm of their weights.
         head_on: What the class head reads. Logits carry more than the concepts' presence: better accuracy, more leakage.
 
@@ -130,6 +145,7 @@ class DotCBM(Bottleneck):
                 "iterations": iterations,
                 "power": power,
                 "read_details": read_details,
+                "learn_places": learn_places,
                 "l2": l2,
                 "head_on": head_on,
             },
@@ -147,13 +163,15 @@ class DotCBM(Bottleneck):
             raise ValueError(f"core_tolerance is {core_tolerance}; no core predicts better than the best")
         if l2 < 0:
             raise ValueError(f"l2 is {l2}; a penalty is not negative")
-        if head_on not in get_args(HeadOn):
-            raise ValueError(f"head_on is {head_on!r}; choose one of {list(get_args(HeadOn))}")
+        for name, value, known in (("head_on", head_on, HeadOn), ("learn_places", learn_places, LearnPlaces)):
+            if value not in get_args(known):
+                raise ValueError(f"{name} is {value!r}; choose one of {list(get_args(known))}")
         self.num_parts, self.num_clusterings, self.scored = num_parts, num_clusterings, scored
         self.core, self.core_tolerance, self.softness, self.patch_smoothing = core, core_tolerance, softness, patch_smoothing
         self.eps, self.relax_patch, self.iterations = eps, relax_patch, iterations
         self.power, self.l2 = power, l2
         self.head_on: HeadOn = head_on
+        self.learn_places: LearnPlaces = learn_places
         num_concepts, width = problem.concepts.num_concepts, problem.patch_width
         num_all, part_width = num_parts * num_clusterings, min(part_width, width)
         group_M = problem.concepts.group_index_M()
@@ -170,6 +188,8 @@ class DotCBM(Bottleneck):
         self.register_buffer("mean_GX", torch.zeros(num_groups, num_read))
         self.register_buffer("scale_GX", torch.ones(num_groups, num_read))
         self.register_buffer("found", torch.tensor(False))
+        self.register_buffer("learned_M", torch.zeros(num_concepts, dtype=torch.bool))
+        self.query_ME = nn.Parameter(torch.zeros(num_concepts, part_width), requires_grad=False)
         self.concept = nn.Linear(num_read, num_concepts)
         nn.init.zeros_(self.concept.weight)  # a convex problem: nothing is gained by chance
         with torch.no_grad():
@@ -198,6 +218,25 @@ class DotCBM(Bottleneck):
         self.found.fill_(True)
 
     @torch.no_grad()
+    def set_learned(self, concept_nM: Tensor, label_n: Tensor) -> None:
+        """Choose the concepts whose places are learned, before the training.
+
+        Args:
+            concept_nM: Of the training pictures, in [0, 1], NaN where unknown.
+            label_n: Their classes.
+        """
+        if self.learn_places == "varying":
+            self.learned_M.copy_(within_class_share(concept_nM, label_n) >= _VARIES)
+        else:
+            self.learned_M.fill_(self.learn_places == "all")
+        self.query_ME.requires_grad_(self.learns)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the place of any concept is learned."""
+        return bool(self.learned_M.any())
+
+    @torch.no_grad()
     def set_scale(self, read_nGX: Tensor) -> None:
         """Take mean and deviation of what each group reads of the training pictures (`read`).
 
@@ -206,37 +245,50 @@ class DotCBM(Bottleneck):
         """
         self.mean_GX.copy_(read_nGX.mean(0))
         width = self.problem.patch_width
-        for block in (slice(width), slice(width, None)):
+        for block in (slice(width), slice(width, None)) if self.detail_width else (slice(width),):
             deviation_GX = read_nGX[..., block].std(0, correction=0)
-            if deviation_GX.shape[1]:
-                typical_G1 = deviation_GX.mean(1, keepdim=True).clamp(min=1e-6)
-                self.scale_GX[:, block] = (deviation_GX.clamp(min=1e-3 * typical_G1) * typical_G1).sqrt()
+            typical_G1 = deviation_GX.mean(1, keepdim=True).clamp(min=1e-6)
+            self.scale_GX[:, block] = (deviation_GX.clamp(min=1e-3 * typical_G1) * typical_G1).sqrt()
 
     def prior(self, features: PatchFeatures) -> Tensor:
         """(B, N) theta."""
         return core_prior(features, core=self.core_at, softness=self.softness, smoothing=self.patch_smoothing)
 
-    def look(self, patch_BND: Tensor, theta_BN: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, G) where each group of concepts looks, columns summing to 1, and (B,) the residual of the transport.
+    def find(self, patch_BND: Tensor, theta_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, G) where each group of concepts is found, columns summing to 1, and (B,) the residual of the transport.
 
         Args:
             patch_BND: The encoder's patches.
             theta_BN: (B, N) sums to 1.
         """
-        embedded_BNE = (patch_BND - self.centre_D) @ self.basis_DE
         plan_BNC, residual_B = part_plan(
-            embedded_BNE, self.part_CE, theta_BN, eps=self.eps, relax_patch=self.relax_patch, iterations=self.iterations
+            self._embedded(patch_BND), self.part_CE, theta_BN, eps=self.eps, relax_patch=self.relax_patch, iterations=self.iterations
         )
         return plan_BNC @ self.share_GC.T, residual_B
 
-    def read(self, features: PatchFeatures, seen_BNG: Tensor) -> Tensor:
-        """(B, G, X) what each group reads of the patches that it looks at: the Lehmer means of the D features, and the means of the L
-        details (X = D + L).
+    def look(self, patch_BND: Tensor, theta_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, M) where each concept looks, columns summing to 1, and (B,) the residual of the transport; see `find`.
+
+        A concept that learns its place starts half way, in logs, from the prior to where its group is found: a sharp start is hard to
+        leave. From there it is transport at the cost -patch . query, its entropy 1 / 2, with a free patch marginal, a softmax.
         """
-        features, look_BGN = self._wanted(features), seen_BNG.transpose(1, 2)
+        found_BNG, residual_B = self.find(patch_BND, theta_BN)
+        tiny, learned_M = torch.finfo(found_BNG.dtype).tiny, self.learned_M.to(found_BNG.dtype)
+        found_BNM, theta_BN1 = found_BNG.clamp(min=tiny).log()[:, :, self.group_M], theta_BN.clamp(min=tiny).log()[:, :, None]
+        gain_BNM = F.normalize(self._embedded(patch_BND), dim=2) @ self.query_ME.T / _SEARCH_EPS
+        return (found_BNM + learned_M * ((theta_BN1 - found_BNM) / 2 + gain_BNM)).softmax(1), residual_B
+
+    def _embedded(self, patch_BND: Tensor) -> Tensor:
+        return (patch_BND - self.centre_D) @ self.basis_DE
+
+    def read(self, features: PatchFeatures, seen_BNR: Tensor) -> Tensor:
+        """(B, R, X) what R groups or concepts read of the patches that they look at: the Lehmer means of the D features, and the means of
+        the L details (X = D + L).
+        """
+        features, look_BRN = self._wanted(features), seen_BNR.transpose(1, 2)
         active_BND = self._active(features.patch_BND)
-        lehmer_BGD = look_BGN @ (active_BND * features.patch_BND) / (look_BGN @ active_BND)
-        return lehmer_BGD if features.detail_BNL is None else torch.cat([lehmer_BGD, look_BGN @ features.detail_BNL], 2)
+        lehmer_BRD = look_BRN @ (active_BND * features.patch_BND) / (look_BRN @ active_BND)
+        return lehmer_BRD if features.detail_BNL is None else torch.cat([lehmer_BRD, look_BRN @ features.detail_BNL], 2)
 
     def _active(self, patch_BND: Tensor) -> Tensor:
         """(B, N, D) weights of a Lehmer mean. None is near 0: where a channel is silent in all of a part, its mean would else be that of
@@ -246,24 +298,24 @@ class DotCBM(Bottleneck):
 
     @property
     def condense(self) -> Callable[[PatchFeatures], PatchFeatures] | None:
-        """See `Bottleneck.condense`: what the groups read, where it is fewer numbers than the patches. Once the parts are found, nothing
-        of it is learned.
+        """See `Bottleneck.condense`: what the groups read, where it is fewer numbers than the patches. Where no place is learned, nothing
+        of it is, once the parts are found.
         """
         problem = self.problem
         num_numbers = problem.grid[0] * problem.grid[1] * (problem.patch_width + problem.detail_width)
-        return self._condensed if self.mean_GX.numel() < num_numbers else None
+        return self._condensed if self.mean_GX.numel() < num_numbers and not self.learns else None
 
     def _condensed(self, features: PatchFeatures) -> PatchFeatures:
         features = features.to(self.part_CE.device, self.part_CE.dtype)
-        seen_BNG, _ = self.look(features.patch_BND, self.prior(features))
-        read_BGX = self._scaled(self.read(features, seen_BNG)).half()
-        return PatchFeatures(features.patch_BND[:, :0].half(), features.global_BD.half(), grid=(0, 0), read_BGX=read_BGX)
+        found_BNG, _ = self.find(features.patch_BND, self.prior(features))
+        read_BGX = (self.read(features, found_BNG) - self.mean_GX) / self.scale_GX
+        return PatchFeatures(features.patch_BND[:, :0].half(), features.global_BD.half(), grid=(0, 0), read_BGX=read_BGX.half())
 
     def forward(self, features: PatchFeatures) -> ConceptOutput:
         """See `Bottleneck.forward`; of condensed features without maps."""
         if features.read_BGX is None:
             return self.transported(features, self.prior(features))
-        logit_BM = self._logits(features.read_BGX.to(self.head.weight.dtype))
+        logit_BM = self._logits(features.read_BGX.to(self.head.weight.dtype)[:, self.group_M])
         return ConceptOutput(logit_BM, self.classify(logit_BM), grid=features.grid, losses=self._penalty())
 
     def transported(self, features: PatchFeatures, theta_BN: Tensor) -> ConceptOutput:
@@ -275,15 +327,15 @@ class DotCBM(Bottleneck):
         """
         features = self._wanted(features)
         theta_BN = theta_BN.to(features.patch_BND.dtype)
-        seen_BNG, residual_B = self.look(features.patch_BND, theta_BN)
-        logit_BM = self._logits(self._scaled(self.read(features, seen_BNG)))
-        seen_BNM = seen_BNG[:, :, self.group_M]
+        seen_BNM, residual_B = self.look(features.patch_BND, theta_BN)
+        mean_MX, scale_MX = self.mean_GX[self.group_M], self.scale_GX[self.group_M]
+        logit_BM = self._logits((self.read(features, seen_BNM) - mean_MX) / scale_MX)
         num_concepts = seen_BNM.shape[2]
         return ConceptOutput(
             concept_logit_BM=logit_BM,
             class_logit_BK=self.classify(logit_BM),
             grid=features.grid,
-            evidence_BNM=None if self.training else self._evidence(features, seen_BNG),
+            evidence_BNM=None if self.training else self._evidence(features, seen_BNM),
             plan_BNM=seen_BNM / num_concepts,
             theta_BN=theta_BN,
             gamma_BM=torch.full_like(logit_BM, 1 / num_concepts),
@@ -291,12 +343,9 @@ class DotCBM(Bottleneck):
             losses=self._penalty(),
         )
 
-    def _scaled(self, read_BGX: Tensor) -> Tensor:
-        return (read_BGX - self.mean_GX) / self.scale_GX
-
-    def _logits(self, scaled_BGX: Tensor) -> Tensor:
+    def _logits(self, scaled_BMX: Tensor) -> Tensor:
         """(B, M)."""
-        return (scaled_BGX[:, self.group_M] * self.concept.weight).sum(2) + self.concept.bias
+        return (scaled_BMX * self.concept.weight).sum(2) + self.concept.bias
 
     def _penalty(self) -> dict[str, Tensor]:
         return {"l2": self.l2 / 2 * self.concept.weight.square().sum(1).mean()} if self.training and self.l2 else {}
@@ -309,20 +358,20 @@ class DotCBM(Bottleneck):
             raise ValueError(f"the bottleneck reads {self.detail_width} details of each patch; the features hold none or others")
         return features.to(dtype=self.head.weight.dtype)
 
-    def _evidence(self, features: PatchFeatures, seen_BNG: Tensor) -> Tensor:
-        """(B, N, M) seen_ij (sum_d a_id (f_id - mean_d) w_jd / below_d + sum_l (detail_il - mean_l) w_jl), a_id as in `_active`, below_d
-        the Lehmer mean's denominator: summed over i, the logit less its bias.
+    def _evidence(self, features: PatchFeatures, seen_BNM: Tensor) -> Tensor:
+        """(B, N, M) seen_ij (sum_d a_id (f_id - mean_jd) w_jd / below_jd + sum_l (detail_il - mean_jl) w_jl), a_id as in `_active`,
+        below_jd the Lehmer mean's denominator: summed over i, the logit less its bias.
         """
         weight_MX, active_BND = self.concept.weight / self.scale_GX[self.group_M], self._active(features.patch_BND)
         mean_MX = self.mean_GX[self.group_M]
         width = active_BND.shape[2]
-        factor_BMD = weight_MX[:, :width] / (seen_BNG.transpose(1, 2) @ active_BND)[:, self.group_M]
+        factor_BMD = weight_MX[:, :width] / (seen_BNM.transpose(1, 2) @ active_BND)
         value_BNM = (active_BND * features.patch_BND) @ factor_BMD.transpose(1, 2)
         value_BNM = value_BNM - active_BND @ (factor_BMD * mean_MX[:, :width]).transpose(1, 2)
         if features.detail_BNL is not None:
             detail_ML = weight_MX[:, width:]
             value_BNM = value_BNM + features.detail_BNL @ detail_ML.T - (mean_MX[:, width:] * detail_ML).sum(1)
-        return seen_BNG[:, :, self.group_M] * value_BNM
+        return seen_BNM * value_BNM
 
     def head_input(self, concept_logit_BM: Tensor, context_BX: Tensor | None = None) -> Tensor:
         """(B, M) logits or probabilities."""

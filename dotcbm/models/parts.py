@@ -30,7 +30,7 @@ from dotcbm.transport.cost import cosine_cost
 from dotcbm.transport.priors import patch_prior, standardise
 from dotcbm.transport.sinkhorn import sinkhorn
 
-__all__ = ["Parts", "cluster", "collected_details", "find_parts", "group_shares", "part_plan", "score_parts"]
+__all__ = ["Parts", "cluster", "collected_details", "find_parts", "group_shares", "part_plan", "score_parts", "within_class_share"]
 
 _FOREGROUND = 0.3  # deviations of the norm above which a patch takes part in the clustering
 _SAMPLE = 30_000  # patches that are clustered
@@ -206,7 +206,7 @@ def score_parts(detail_nCL: Tensor, *, concept_nM: Tensor, label_n: Tensor, grou
     known_nM = ~concept_nM.isnan()
     truth_nM = torch.where(known_nM, (concept_nM > 0.5).to(concept_nM.dtype), torch.nan).to(device)
     target_nM = torch.where(known_nM, concept_nM, concept_nM.nanmean(0).nan_to_num(0.0)).to(device, detail_nCL.dtype)
-    fold_n = _folds(label_n, varies=_varies_within_classes(concept_nM, label_n)).to(device)
+    fold_n = _folds(label_n, varies=bool((within_class_share(concept_nM, label_n) > 1e-9).any())).to(device)
     num_groups = int(group_M.max()) + 1
     if len(fold_n.unique()) == 1:  # nothing can be held out
         return torch.full((num_groups, detail_nCL.shape[1]), 0.5)
@@ -238,14 +238,23 @@ def _folds(label_n: Tensor, *, varies: bool) -> Tensor:
     return order[number_n] % _FOLDS
 
 
-def _varies_within_classes(concept_nM: Tensor, label_n: Tensor) -> bool:
-    """Whether pictures of one class differ in their concepts."""
+def within_class_share(concept_nM: Tensor, label_n: Tensor) -> Tensor:
+    """(M,) the share of each concept's variance that lies within classes: 0 for labels of classes, 1 where classes say nothing of it.
+
+    Args:
+        concept_nM: In [0, 1], NaN where unknown. Of a concept that does not vary at all the share is 0.
+        label_n: Classes.
+    """
+    within_M = torch.zeros(concept_nM.shape[1], dtype=torch.float64)
+    values_nM = concept_nM.double().cpu()
+    whole_M = _squares_about_mean(values_nM)
     for label in label_n.unique():
-        mine_XM = concept_nM[label_n == label]
-        lowest_M, highest_M = mine_XM.nan_to_num(torch.inf).amin(0), mine_XM.nan_to_num(-torch.inf).amax(0)
-        if bool((highest_M > lowest_M).any()):
-            return True
-    return False
+        within_M += _squares_about_mean(values_nM[(label_n == label).cpu()])
+    return torch.where(whole_M > 1e-9, within_M / whole_M.clamp(min=1e-9), 0.0).float()
+
+
+def _squares_about_mean(value_nM: Tensor) -> Tensor:
+    return (value_nM - value_nM.nanmean(0)).square().nansum(0)
 
 
 def _part_space(patches: PatchFeatures, *, width: int) -> tuple[Tensor, Tensor, Tensor]:

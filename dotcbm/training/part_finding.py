@@ -68,7 +68,7 @@ def prepare_parts(bottleneck: DotCBM, data: ConceptDataModule, encoder: ImageEnc
             seed=seed,
             advance=partial(progress.advance, clusterings),
         )
-        core = bottleneck.core
+        core = CORES[-1] if bottleneck.core is None and bottleneck.learns else bottleneck.core
         if core is None:
             cores = progress.add_task("Choosing the core", total=len(CORES))
             scores = core_scores(
@@ -86,16 +86,21 @@ def prepare_parts(bottleneck: DotCBM, data: ConceptDataModule, encoder: ImageEnc
     read = []
     for part in torch.arange(len(rows)).split(_CHUNK):
         chunk = patches.rows(part).to(dtype=torch.float32)
-        seen_BNG, _ = bottleneck.look(chunk.patch_BND, bottleneck.prior(chunk))
-        read.append(bottleneck.read(chunk, seen_BNG))
+        found_BNG, _ = bottleneck.find(chunk.patch_BND, bottleneck.prior(chunk))
+        read.append(bottleneck.read(chunk, found_BNG))
     bottleneck.set_scale(torch.cat(read))
     how = (
         "details" if patches.detail_BNL is not None else "their patches: this encoder gives no details, which would tell them apart better"
     )
     rank_zero_info(
         f"Found {len(parts.part_CE)} parts in {len(rows)} training pictures, and which groups of concepts they show by {how}; the object's "
-        f"core begins at {core:g}"
+        f"core begins at {core:g}{_told_learned(bottleneck)}"
     )
+
+
+def _told_learned(bottleneck: DotCBM) -> str:
+    num_learned, num_concepts = int(bottleneck.learned_M.sum()), len(bottleneck.learned_M)
+    return f"; the places of {num_learned} of {num_concepts} concepts are learned from there" if num_learned else ""
 
 
 def _drawn(label_N: Tensor, *, seed: int) -> Tensor:

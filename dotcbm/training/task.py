@@ -164,13 +164,15 @@ class ConceptTask(LightningModule):
         if stage != "fit":
             return
         bottleneck = self.model.bottleneck
+        if isinstance(bottleneck, DotCBM):
+            check_finds_parts(self.encoder)
+            dataset = data.dataset("train")
+            bottleneck.set_learned(dataset.concept_NM, dataset.label_N)
         data.condense_in_training = self._condense
         if bottleneck.head_by_gradient and self.regime != "joint":
             raise ValueError(f"the head of {type(bottleneck).__name__} is trained by gradients; set regime to 'joint', not {self.regime!r}")
         if self.regime == "independent":
             check_reads_truth(bottleneck)
-        if isinstance(bottleneck, DotCBM):
-            check_finds_parts(self.encoder)
         if self.regime != "joint" and self.head_nec is None and self.head_l2 == "auto" and not data.has_validation:
             # fit_head would say the same, after an hour.
             raise ValueError("head_l2 'auto' chooses on a validation split, and there is none; set val_fraction above 0 or give a number")

@@ -67,7 +67,7 @@ def test_each_group_looks_at_the_part_whose_details_predict_it(relax_patch):
     bottleneck = DotCBM(make_problem(), num_parts=2, num_clusterings=3, part_width=4, eps=0.1, patch_smoothing=1, relax_patch=relax_patch)
     parts, patches, place_n2 = found(bottleneck)
     bottleneck.set_parts(parts)
-    seen_nNG, residual_n = bottleneck.look(patches.patch_BND, bottleneck.prior(patches))
+    seen_nNG, residual_n = bottleneck.find(patches.patch_BND, bottleneck.prior(patches))
     torch.testing.assert_close(seen_nNG.sum(1), torch.ones(len(seen_nNG), 2))
     peak_n2 = seen_nNG.argmax(1)
     on_part_n2 = (peak_n2 == place_n2) | (peak_n2 == place_n2 + 1)
@@ -166,6 +166,8 @@ def test_evidence_sums_to_the_logit(power, relax_patch, patch_smoothing, detail_
         bottleneck.concept.weight.copy_(torch.randn(4, D + detail_width, generator=generator))
         bottleneck.mean_GX.copy_(torch.randn(2, D + detail_width, generator=generator))
         bottleneck.scale_GX.copy_(0.5 + torch.rand(2, D + detail_width, generator=generator))
+        bottleneck.learned_M.copy_(torch.rand(4, generator=generator) > 0.5)
+        bottleneck.query_ME.copy_(torch.randn(4, 5, generator=generator))
         patch_BND = torch.randn(3, N, D, generator=generator).double()
         detail_BNL = torch.randn(3, N, detail_width, generator=generator).double() if detail_width else None
         output = bottleneck(PatchFeatures(patch_BND, patch_BND.mean(1), GRID, detail_BNL=detail_BNL))
@@ -208,6 +210,7 @@ def test_one_class_leaves_nothing_to_hold_out():
         ({"softness": 0.0}, "softness is 0.0"),
         ({"core_tolerance": -0.1}, "core_tolerance is -0.1"),
         ({"head_on": "sign"}, "head_on is 'sign'"),
+        ({"learn_places": "some"}, "learn_places is 'some'"),
     ],
 )
 def test_settings_out_of_range(setting, message):

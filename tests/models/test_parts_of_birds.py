@@ -35,9 +35,9 @@ def test_groups_of_concepts_point_at_their_parts(shared: Path):
         problem = Problem(encoder.width, encoder.global_width, encoder.grid, concepts, detail_width=encoder.detail_width)
         bottleneck = DotCBM(problem, num_clusterings=6, part_width=32, scored=scored).eval()
         bottleneck.set_parts(parts, core=core)
-        seen_BNG, _ = bottleneck.look(patches.patch_BND, bottleneck.prior(patches))
+        seen_BNM, _ = bottleneck.look(patches.patch_BND, bottleneck.prior(patches))
         distance_BM = pointing_distance(
-            seen_BNG[:, :, bottleneck.group_M],
+            seen_BNM,
             grid=encoder.grid,
             points_BP3=torch.stack([sample.points_P3 for sample in samples]),
             part_mask_MP=concepts.part_mask_MP(),

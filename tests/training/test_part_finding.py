@@ -16,6 +16,7 @@ from dotcbm.models.object_core import CORES
 from dotcbm.training import part_finding
 
 parts = partial(DotCBM, num_parts=2, num_clusterings=2, part_width=8)
+class_parts = partial(parts, learn_places="none")
 
 
 def without_places(data):
@@ -26,7 +27,7 @@ def without_places(data):
 
 
 def fitted(run, **settings):
-    task = run.task(bottleneck=parts, **settings)
+    task = run.task(**{"bottleneck": parts, **settings})
     run.trainer(epochs=2).fit(task, datamodule=run.data())
     return task
 
@@ -42,10 +43,18 @@ def test_a_run_finds_parts_and_explains_itself(run):
 
 
 def test_the_core_is_chosen_where_none_is_given(run):
-    chosen, given = fitted(run), run.task(bottleneck=partial(parts, core=0.35))
+    chosen, given = fitted(run, bottleneck=class_parts), run.task(bottleneck=partial(parts, core=0.35))
     run.trainer(epochs=1, directory="given").fit(given, datamodule=run.data())
     assert float(chosen.model.bottleneck.core_at) in torch.tensor(CORES).tolist()
     assert float(given.model.bottleneck.core_at) == pytest.approx(0.35)
+
+
+def test_concepts_of_pictures_learn_their_places_in_the_widest_core(run):
+    bottleneck = fitted(run).model.bottleneck
+    assert bottleneck.learns
+    assert float(bottleneck.core_at) == CORES[-1]
+    moved_M = bottleneck.query_ME.abs().amax(1) > 0
+    assert torch.equal(moved_M, bottleneck.learned_M)
 
 
 def test_the_same_parts_with_and_without_a_cache(run):
@@ -110,11 +119,11 @@ def test_the_source_of_the_tests_has_groups_to_find():
 
 def test_training_on_what_is_read_once_is_the_same_training(run, monkeypatch):
     encoder = ImageEncoder("timm/test_resnet", pretrained=False, image_size=128)  # more patches than groups
-    condensed = fitted(run, encoder=encoder)
+    condensed = fitted(run, encoder=encoder, bottleneck=class_parts)
     batch = next(iter(condensed.data.train_dataloader()))
     assert batch.features.read_BGX is not None
     monkeypatch.setattr(DotCBM, "condense", None)
-    whole = run.task(bottleneck=parts, encoder=encoder)
+    whole = run.task(bottleneck=class_parts, encoder=encoder)
     run.trainer(epochs=2, directory="whole").fit(whole, datamodule=run.data())
     assert next(iter(whole.data.train_dataloader())).features.read_BGX is None
     # Adam makes steps of its rate from the rounding of a channel that never varies: predictions are compared, not weights.
