@@ -175,9 +175,8 @@ def cache_features(
     path = Path(directory) / f"{dataset.split}-{view}-{key[:16]}"
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
-    with _locked(lock, shared=True):  # verifying takes seconds, and many processes may do it at once
-        with suppress(DamagedCacheError, FileNotFoundError):
-            return FeatureCache(path, key=key)
+    with _locked(lock, shared=True), suppress(DamagedCacheError):  # verifying takes seconds, and many processes may do it at once
+        return FeatureCache(path, key=key)
     with _locked(lock):
         if path.exists():
             try:

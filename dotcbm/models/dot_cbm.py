@@ -12,8 +12,8 @@ CVPR 2025 (arXiv 2505.07209). Patches are transported onto *parts*, and concepts
 
 The parts are found before the training, without part labels (`dotcbm.models.parts`). Queries are learned for concepts that vary within
 classes, the labels of single pictures: such a label is explained best by what the picture shows at the right place. The label of a
-class is explained by anything that tells the class, anywhere; its concepts look where their group is found. x weighs a channel by where in the part it is
-active (a Lehmer mean); details, the encoder's early features, have their plain mean over the part beside it. The logit is a sum over
+class is explained by anything that tells the class, anywhere; its concepts look where their group is found. x weighs a channel by
+where it is active (a Lehmer mean); details, the encoder's early features, have their plain mean beside it. The logit is a sum over
 patches and channels, so what a patch adds to it is exact.
 
 Departures from the paper, each with its reason; the rows are those of configs/studies/winning.yaml and

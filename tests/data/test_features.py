@@ -87,7 +87,7 @@ def expected(encoder: Patches) -> PatchFeatures:
 
 
 def folders(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir() if path.name != ".lock")
+    return sorted(path.name for path in directory.iterdir() if not path.name.endswith(".lock"))
 
 
 @contextmanager
@@ -251,6 +251,22 @@ def test_an_interrupted_run_that_cannot_go_on_starts_again(tmp_path: Path, damag
     cache = cached(tmp_path, encoder)
     assert encoder.num_seen == N
     assert torch.equal(cache.read(range(N)).patch_BND, expected(encoder).patch_BND.half())
+
+
+@pytest.mark.parametrize("how", ["read by another", "another is written"])
+def test_nobody_waits_for_a_process_that_reads_the_same_or_writes_something_else(tmp_path: Path, how: str) -> None:
+    """The processes of a study came one by one, each verifying gigabytes while the others waited."""
+    fcntl = pytest.importorskip("fcntl")
+    cached(tmp_path)
+    (lock,) = tmp_path.glob(".*.lock")
+    other = {"dataset": pictures(key="other")} if how == "another is written" else {}
+    done: list[FeatureCache] = []
+    thread = threading.Thread(target=lambda: done.append(cached(tmp_path, **other)), daemon=True)
+    with lock.open("w") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX if other else fcntl.LOCK_SH)
+        thread.start()
+        thread.join(timeout=60)
+        assert len(done) == 1
 
 
 def test_two_callers_compute_once(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ def make_bottleneck(learned: tuple[bool, ...] = (True, False, True, False), **se
         class_concept_KM=torch.full((K, M), 0.5),
         groups=("head", "head", "tail", "tail"),
     )
-    bottleneck = DotCBM(Problem(D, D, GRID, concepts), num_parts=3, num_clusterings=1, part_width=E, patch_smoothing=1, core=0.0, **settings)
+    settings = {"num_parts": 3, "num_clusterings": 1, "part_width": E, "patch_smoothing": 1, "core": 0.0, **settings}
+    bottleneck = DotCBM(Problem(D, D, GRID, concepts), **settings)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         bottleneck.part_CE.copy_(F.normalize(torch.randn(3, E, generator=generator), dim=1))
