@@ -261,10 +261,7 @@ class DotCBM(Bottleneck):
             patch_BND: The encoder's patches.
             theta_BN: (B, N) sums to 1.
         """
-        plan_BNC, residual_B = part_plan(
-            self._embedded(patch_BND), self.part_CE, theta_BN, eps=self.eps, relax_patch=self.relax_patch, iterations=self.iterations
-        )
-        return plan_BNC @ self.share_GC.T, residual_B
+        return self._find(self._embedded(patch_BND), theta_BN)
 
     def look(self, patch_BND: Tensor, theta_BN: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, M) where each concept looks, columns summing to 1, and (B,) the residual of the transport; see `find`.
@@ -272,11 +269,18 @@ class DotCBM(Bottleneck):
         A concept that learns its place starts half way, in logs, from the prior to where its group is found: a sharp start is hard to
         leave. From there it is transport at the cost -patch . query, its entropy 1 / 2, with a free patch marginal, a softmax.
         """
-        found_BNG, residual_B = self.find(patch_BND, theta_BN)
+        embedded_BNE = self._embedded(patch_BND)
+        found_BNG, residual_B = self._find(embedded_BNE, theta_BN)
         tiny, learned_M = torch.finfo(found_BNG.dtype).tiny, self.learned_M.to(found_BNG.dtype)
         found_BNM, theta_BN1 = found_BNG.clamp(min=tiny).log()[:, :, self.group_M], theta_BN.clamp(min=tiny).log()[:, :, None]
-        gain_BNM = F.normalize(self._embedded(patch_BND), dim=2) @ self.query_ME.T / _SEARCH_EPS
+        gain_BNM = F.normalize(embedded_BNE, dim=2) @ self.query_ME.T / _SEARCH_EPS
         return (found_BNM + learned_M * ((theta_BN1 - found_BNM) / 2 + gain_BNM)).softmax(1), residual_B
+
+    def _find(self, embedded_BNE: Tensor, theta_BN: Tensor) -> tuple[Tensor, Tensor]:
+        plan_BNC, residual_B = part_plan(
+            embedded_BNE, self.part_CE, theta_BN, eps=self.eps, relax_patch=self.relax_patch, iterations=self.iterations
+        )
+        return plan_BNC @ self.share_GC.T, residual_B
 
     def _embedded(self, patch_BND: Tensor) -> Tensor:
         return (patch_BND - self.centre_D) @ self.basis_DE

@@ -82,7 +82,7 @@ def test_which_concepts_learn(learn_places, expected):
     bottleneck.set_learned(concept_nM, label_n)
     assert bottleneck.learned_M.tolist() == expected
     assert bottleneck.query_ME.requires_grad is bottleneck.learns is any(expected)
-    assert (bottleneck.condense is None) or not any(expected)
+    assert (bottleneck.condense is None) is any(expected)
 
 
 def test_a_search_starts_between_the_prior_and_where_the_group_is_found():
