@@ -258,7 +258,7 @@ def test_nobody_waits_for_a_process_that_reads_the_same_or_writes_something_else
     """The processes of a study came one by one, each verifying gigabytes while the others waited."""
     fcntl = pytest.importorskip("fcntl")
     cached(tmp_path)
-    (lock,) = tmp_path.glob(".*.lock")
+    (lock,) = tmp_path.glob(".*lock")
     other = {"dataset": pictures(key="other")} if how == "another is written" else {}
     done: list[FeatureCache] = []
     thread = threading.Thread(target=lambda: done.append(cached(tmp_path, **other)), daemon=True)
