@@ -6,7 +6,7 @@ CVPR 2025 (arXiv 2505.07209). Patches are transported onto *parts*, and concepts
     theta_i   ~ sigmoid((saliency_i - core) / edge)          patch prior: norms of the features, averaged over 3 x 3 patches
     plan_ic   = transport of theta onto C parts at the cost 1 - cos(patch_i, part_c), entropy eps, and every part the same mass
     found_ig  = sum_c share_gc C plan_ic                     where a group of concepts ("bill shape") is found; sums to 1 over the patches
-    seen_ij   = found_ig(j), or ~ sqrt(theta_i found_ig(j)) exp(2 patch_i . query_j), where concept j learns its query
+    seen_ij   = found_ig(j), or ~ sqrt(theta_i found_ig(j)) exp(patch_i . query_j), where concept j learns its query
     x_jd      = sum_i seen_ij a_id f_id / sum_i seen_ij a_id, a_id = |f_id|^(p-1) + a floor
     logit_j   = w_j . (x_j - mean_j) / scale_j + b_j
 
@@ -34,7 +34,9 @@ winning_ablation.yaml, the figures there are in reports/winning.md. `PublishedDo
    sigmoid(1) (see `dotcbm.models.readout`). The last features of any patch on the object know its class and, behind it, where such
    objects live; early ones know what the patch shows. Rows "mean within the part", "without details".
 5. No adapters, no concept embeddings, no orthogonality losses: nothing is left for them to do. Row "DOT-CBM, patches to concepts" has them.
-6. The class head reads logits, which keep how sure a concept is. Row "head on probabilities".
+6. The class head reads logits where places are found: they carry what labels of classes do not say. Where most places are learned, the
+   labels are of single pictures and the head reads probabilities, as printed. Rows "head on probabilities" (birds) and "DOT-CBM, head
+   on logits" (strengths.yaml, blood_cells.yaml).
 7. gamma is uniform over the parts; equations 17 and 18 are about concepts.
 8. A concept that varies within classes learns its place: patches to concepts, as printed, but from a start that knows the parts, in a
    prior as wide as it goes, and with labels that say something of places. Row "DOT-CBM, found places only" of strengths.yaml and
@@ -58,12 +60,12 @@ from dotcbm.models.readout import frequency_logit
 from dotcbm.structures import ConceptOutput, PatchFeatures, Problem
 from dotcbm.transport.priors import core_prior
 
-__all__ = ["DotCBM", "HeadOn", "LearnPlaces"]
+__all__ = ["SEARCH_TRAVEL", "DotCBM", "HeadOn", "LearnPlaces"]
 
-HeadOn = Literal["probability", "logit"]
+HeadOn = Literal["auto", "probability", "logit"]
 LearnPlaces = Literal["varying", "all", "none"]
 _VARIES = 0.05  # share of the variance within classes from which on a place is learned; less is noise of labelling
-_SEARCH_EPS = 0.5  # entropy of a search; what it sets is how fast queries learn beside the weights
+SEARCH_TRAVEL = 8.0  # how far the steps of a whole training may take a query; the rate of learning follows from their number
 _SILENT = 0.1  # of a typical activity: what a patch weighs in a Lehmer mean in which the channel is silent
 
 
@@ -101,7 +103,7 @@ class DotCBM(Bottleneck):
         read_details: bool = True,
         learn_places: LearnPlaces = "varying",
         l2: float = 0.2,
-        head_on: HeadOn = "logit",
+        head_on: HeadOn = "auto",
     ) -> None:
         """Args:
         problem: What the data and the encoder fix.
@@ -124,7 +126,8 @@ class DotCBM(Bottleneck):
         learn_places: Whose places are learned in training, from where the group's parts are: of concepts that vary within classes, of
             all, or of none.
         l2: Strength of the penalty l2 / 2 times the mean over concepts of the squared norm of their weights.
-        head_on: What the class head reads. Logits carry more than the concepts' presence: better accuracy, more leakage.
+        head_on: What the class head reads. Logits carry more than the concepts' presence, probabilities leak less. "auto" takes
+            probabilities where most concepts learn their places, else logits.
 
         Raises:
             ValueError: A setting out of range.
@@ -267,13 +270,13 @@ class DotCBM(Bottleneck):
         """(B, N, M) where each concept looks, columns summing to 1, and (B,) the residual of the transport; see `find`.
 
         A concept that learns its place starts half way, in logs, from the prior to where its group is found: a sharp start is hard to
-        leave. From there it is transport at the cost -patch . query, its entropy 1 / 2, with a free patch marginal, a softmax.
+        leave. From there it is transport at the cost -patch . query with a free patch marginal, a softmax.
         """
         embedded_BNE = self._embedded(patch_BND)
         found_BNG, residual_B = self._find(embedded_BNE, theta_BN)
         tiny, learned_M = torch.finfo(found_BNG.dtype).tiny, self.learned_M.to(found_BNG.dtype)
         found_BNM, theta_BN1 = found_BNG.clamp(min=tiny).log()[:, :, self.group_M], theta_BN.clamp(min=tiny).log()[:, :, None]
-        gain_BNM = F.normalize(embedded_BNE, dim=2) @ self.query_ME.T / _SEARCH_EPS
+        gain_BNM = F.normalize(embedded_BNE, dim=2) @ self.query_ME.T
         return (found_BNM + learned_M * ((theta_BN1 - found_BNM) / 2 + gain_BNM)).softmax(1), residual_B
 
     def _find(self, embedded_BNE: Tensor, theta_BN: Tensor) -> tuple[Tensor, Tensor]:
@@ -380,4 +383,7 @@ class DotCBM(Bottleneck):
     def head_input(self, concept_logit_BM: Tensor, context_BX: Tensor | None = None) -> Tensor:
         """(B, M) logits or probabilities."""
         del context_BX
+        if self.head_on == "auto":
+            most = self.learned_M.to(concept_logit_BM.dtype).mean() > 0.5
+            return torch.where(most, concept_logit_BM.sigmoid(), concept_logit_BM)
         return concept_logit_BM if self.head_on == "logit" else concept_logit_BM.sigmoid()

@@ -30,7 +30,7 @@ from dotcbm.encoders.image import ImageEncoder
 from dotcbm.encoders.text import TextEncoder
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.concept_model import ConceptModel
-from dotcbm.models.dot_cbm import DotCBM
+from dotcbm.models.dot_cbm import SEARCH_TRAVEL, DotCBM
 from dotcbm.structures import ConceptBatch, ConceptOutput, Problem
 from dotcbm.training.evaluation import Evaluation
 from dotcbm.training.guard import check_losses
@@ -205,14 +205,30 @@ class ConceptTask(LightningModule):
         """AdamW (the paper's), with the encoder as a group of its own; None if there is nothing to train by gradients."""
         if self._is_all_head:
             return None
-        bottleneck = [p for p in self.model.bottleneck.parameters() if p.requires_grad]
-        encoder = [p for p in self.model.encoder.parameters() if p.requires_grad]
-        groups = [
-            {"params": parameters, "lr": lr, "initial_lr": lr}
-            for parameters, lr in ((bottleneck, self.lr), (encoder, self.encoder_lr or self.lr))
-            if parameters
-        ]
+        model = self.model
+        queries = [model.bottleneck.query_ME] if isinstance(model.bottleneck, DotCBM) and model.bottleneck.learns else []
+        encoder = [p for p in model.encoder.parameters() if p.requires_grad]
+        apart = {id(p) for p in queries + encoder}
+        rest = [p for p in model.bottleneck.parameters() if p.requires_grad and id(p) not in apart]
+        rates = ((rest, self.lr), (queries, self._query_lr() if queries else 0.0), (encoder, self.encoder_lr or self.lr))
+        groups = [{"params": parameters, "lr": lr, "initial_lr": lr} for parameters, lr in rates if parameters]
         return torch.optim.AdamW(groups, weight_decay=self.weight_decay)
+
+    def _rate_factor(self, epoch: int) -> float:
+        """Of all learning rates."""
+        return 0.5 ** (epoch // self.lr_halve_every) if self.lr_halve_every else 1.0
+
+    def _query_lr(self) -> float:
+        """The rate of queries for places: AdamW moves a number by about its rate in a step, in all steps together by `SEARCH_TRAVEL`.
+
+        At one rate for all data sets, few pictures would not find their places and many would overfit to theirs. A training without an
+        end has the rate of the weights.
+        """
+        num_steps = self.trainer.estimated_stepping_batches
+        if num_steps == float("inf"):
+            return self.lr
+        per_epoch = max(1, int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
+        return SEARCH_TRAVEL / max(1.0, sum(self._rate_factor(step // per_epoch) for step in range(int(num_steps))))
 
     @property
     def _is_all_head(self) -> bool:
@@ -246,7 +262,7 @@ class ConceptTask(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Set the learning rate of the epoch: a function of its number and no scheduler's state, so a resumed run cannot lose it."""
-        factor = 0.5 ** (self.current_epoch // self.lr_halve_every) if self.lr_halve_every else 1.0
+        factor = self._rate_factor(self.current_epoch)
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor

@@ -96,7 +96,7 @@ def test_a_search_starts_between_the_prior_and_where_the_group_is_found():
         if j in (1, 3):  # not learned, whatever its query
             torch.testing.assert_close(seen_BNM[:, :, j], start_BN)
         else:
-            weight_BN = (theta_BN * start_BN).sqrt() * (unit_BNE @ bottleneck.query_ME[j] * 2).exp()
+            weight_BN = (theta_BN * start_BN).sqrt() * (unit_BNE @ bottleneck.query_ME[j]).exp()
             torch.testing.assert_close(seen_BNM[:, :, j], weight_BN / weight_BN.sum(1, keepdim=True))
 
 
