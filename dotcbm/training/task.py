@@ -227,6 +227,7 @@ class ConceptTask(LightningModule):
         num_steps = self.trainer.estimated_stepping_batches
         if num_steps == float("inf"):
             return self.lr
+        self.trainer.fit_loop.setup_data()  # Lightning counts the batches there, not yet where max_steps alone ends the training
         per_epoch = max(1, int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
         return SEARCH_TRAVEL / max(1.0, sum(self._rate_factor(step // per_epoch) for step in range(int(num_steps))))
 

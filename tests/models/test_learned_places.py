@@ -149,3 +149,19 @@ def test_labels_of_pictures_teach_where_to_look():
     assert hit > 0.6  # one in 25 by chance
     start_nNG, _ = bottleneck.find(patch_nND, bottleneck.prior(features))
     assert (start_nNG[shown_n, :, 0].argmax(1) == place_n[shown_n]).float().mean() < 0.3
+
+
+@pytest.mark.parametrize(
+    ("head_on", "learned", "on_probability"),
+    [
+        ("auto", (True, True, True, False), True),
+        ("auto", (True, True, False, False), False),
+        ("auto", (False,) * 4, False),
+        ("logit", (True,) * 4, False),
+        ("probability", (False,) * 4, True),
+    ],
+)
+def test_the_head_reads_probabilities_where_most_places_are_learned(head_on, learned, on_probability):
+    bottleneck = make_bottleneck(learned, head_on=head_on)
+    logit_BM = torch.randn(3, M, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(bottleneck.head_input(logit_BM), logit_BM.sigmoid() if on_probability else logit_BM)

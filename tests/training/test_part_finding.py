@@ -8,10 +8,11 @@ from functools import partial
 import pytest
 import torch
 from fakes.source import TinySource
+from lightning.pytorch import Callback
 
 from dotcbm.encoders.image import ImageEncoder
 from dotcbm.hub import from_pretrained, save_pretrained
-from dotcbm.models.dot_cbm import DotCBM
+from dotcbm.models.dot_cbm import SEARCH_TRAVEL, DotCBM
 from dotcbm.models.object_core import CORES
 from dotcbm.training import part_finding
 
@@ -140,3 +141,29 @@ def test_two_models_in_turn_on_the_same_data_read_their_own_parts(run):
     alone = run.task(bottleneck=partial(DotCBM, num_parts=3, num_clusterings=1, part_width=8))
     run.trainer(epochs=1, directory="alone").fit(alone, datamodule=run.data())
     torch.testing.assert_close(second.model.bottleneck.concept.weight, alone.model.bottleneck.concept.weight)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lr_halve_every": 0}, {"lr": 0.3}])
+@pytest.mark.parametrize(
+    "limits", [{"epochs": 2}, {"epochs": 5}, {"epochs": 4, "accumulate_grad_batches": 2}, {"epochs": -1, "max_steps": 7}]
+)
+def test_queries_travel_as_far_however_many_steps_there_are(run, settings, limits):
+    class Sum(Callback):
+        total, num_steps = 0.0, 0
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            queries = [group for group in optimizer.param_groups if any(p is task.model.bottleneck.query_ME for p in group["params"])]
+            self.total += queries[0]["lr"]
+            self.num_steps += 1
+
+    seen = Sum()
+    task = run.task(**{"bottleneck": partial(parts, learn_places="all"), **settings})
+    run.trainer(seen, **limits).fit(task, datamodule=run.data())
+    assert seen.total == pytest.approx(SEARCH_TRAVEL, rel=0.02)
+    assert seen.num_steps > 2
+
+
+def test_a_query_that_is_not_learned_is_not_trained(run):
+    task = run.task(bottleneck=class_parts)
+    run.trainer(epochs=1).fit(task, datamodule=run.data())
+    assert not any(p is task.model.bottleneck.query_ME for group in task.trainer.optimizers[0].param_groups for p in group["params"])
