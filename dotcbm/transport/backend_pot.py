@@ -1,7 +1,8 @@
 """Sinkhorn by POT (Python Optimal Transport 0.9.7), the reference that other solvers are tested against.
 
-B pictures, N patches, M concepts. Balanced problems go through `ot.solve_batch` with `grad="autodiff"`, the only of its modes
-with a right gradient of the plan ("last_step" detaches the cost, "envelope" gives the plan none). POT has no batched
+B pictures, N patches, M concepts. Balanced problems go through `ot.solve_batch`, where gradients are to be unrolled with
+`grad="autodiff"`, the only of its modes with a right gradient of the plan ("last_step" detaches the cost, "envelope" gives the
+plan none). POT has no batched
 unbalanced solver, so relaxed problems loop over the pictures with `ot.unbalanced.sinkhorn_unbalanced`. That one multiplies
 instead of adding logarithms, so it runs in float64, where exp(-cost / eps) of a cosine cost holds down to eps = 0.003.
 
@@ -34,21 +35,22 @@ def solve_pot(
 ) -> TransportPlan:
     """See `dotcbm.transport.sinkhorn.sinkhorn`. Inputs are checked, of one floating type, and batched on every side."""
     if not len(cost_BNM):  # POT takes the maximum of an empty batch's errors
-        return TransportPlan(cost_BNM * 1, theta_BN * 1, gamma_BM * 1, cost_BNM.new_zeros(0), 0)
+        return TransportPlan(cost_BNM * 1, theta_BN * 1, gamma_BM * 1, cost_BNM.new_zeros(0), torch.zeros(0, dtype=torch.int32))
     if relax_patch is None and relax_concept is None:
         plan_BNM, log_u_BN, log_v_BM, num_iter = _balanced(cost_BNM, theta_BN, gamma_BM, eps=eps, max_iter=max_iter, tol=tol)
+        num_iter_B = torch.full((len(cost_BNM),), num_iter, dtype=torch.int32, device=cost_BNM.device)
     else:
         wide = zip(cost_BNM.double(), theta_BN.double(), gamma_BM.double(), strict=True)
         relax = (float("inf") if relax_patch is None else relax_patch, float("inf") if relax_concept is None else relax_concept)
         plans, log_us, log_vs, counts = zip(*(_relaxed(*x, eps=eps, max_iter=max_iter, tol=tol, relax=relax) for x in wide), strict=True)
         plan_BNM, log_u_BN, log_v_BM = (torch.stack(x).to(cost_BNM.dtype) for x in (plans, log_us, log_vs))
-        num_iter = max(counts)
+        num_iter_B = torch.tensor(counts, dtype=torch.int32, device=cost_BNM.device)
 
     f_BN, g_BM = log_u_BN - safe_log(theta_BN), log_v_BM - safe_log(gamma_BM)
     rows_BN = side_target(theta_BN, scaled_potential=f_BN.where(theta_BN > 0, 0.0), eps=eps, relax=relax_patch)
     columns_BM = side_target(gamma_BM, scaled_potential=g_BM.where(gamma_BM > 0, 0.0), eps=eps, relax=relax_concept)
     residual_B = (plan_BNM.sum(2) - rows_BN).abs().sum(1) + (plan_BNM.sum(1) - columns_BM).abs().sum(1)
-    return TransportPlan(plan_BNM, log_u_BN, log_v_BM, residual_B.detach(), num_iter)
+    return TransportPlan(plan_BNM, log_u_BN, log_v_BM, residual_B.detach(), num_iter_B)
 
 
 def _balanced(

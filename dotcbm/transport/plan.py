@@ -19,14 +19,19 @@ class TransportPlan:
         log_v_BM: (B, M) scaled potential of the concepts, g / eps; -inf where gamma is zero.
         residual_B: (B,) L1 distance of the plan's marginals from what they must be, without gradient. On a relaxed side
             a marginal must be what the potentials prescribe (see `dotcbm.transport.sinkhorn.sinkhorn`).
-        num_iter: Updates of the concept potential that were made, the same for the whole batch.
+        num_iter_B: (B,) updates of the concept potential that each picture took.
     """
 
     plan_BNM: Tensor
     log_u_BN: Tensor
     log_v_BM: Tensor
     residual_B: Tensor
-    num_iter: int
+    num_iter_B: Tensor
+
+    @property
+    def num_iter(self) -> int:
+        """The most that a picture took; waits for the device."""
+        return int(self.num_iter_B.max()) if len(self.num_iter_B) else 0
 
 
 def safe_log(mass: Tensor) -> Tensor:

@@ -11,19 +11,29 @@ the balanced problem.
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Literal
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dotcbm.transport.backend_torch import solve_torch
+from dotcbm.transport.implicit import attach_gradient
 from dotcbm.transport.plan import TransportPlan, safe_log
+from dotcbm.transport.unrolled import solve_unrolled
 
-__all__ = ["Solver", "TransportPlan", "sinkhorn"]
+__all__ = ["Gradient", "Solver", "TransportPlan", "sinkhorn"]
 
-Solver = Literal["torch", "pot"]
+Solver = Literal["auto", "torch", "triton", "pot"]
+Gradient = Literal["implicit", "unroll"]
+
+# Residual from which on the implicit formula is not trusted; at it gradients are off by a few per cent.
+_CONVERGED = 1e-2
 
 # Sums of up to 1000 float32 masses are off by a few 1e-6; half precision marginals by a few 1e-3.
 _SUM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -37,7 +47,9 @@ def sinkhorn(
     eps: float,
     max_iter: int = 100,
     tol: float | None = 1e-3,
-    solver: Solver = "torch",
+    solver: Solver = "auto",
+    gradient: Gradient = "implicit",
+    accelerate: bool = True,
     relax_patch: float | None = None,
     relax_concept: float | None = None,
     check: bool = True,
@@ -75,24 +87,30 @@ def sinkhorn(
     balanced = relax_patch is None and relax_concept is None
     if check:
         _check_values(cost_BNM, theta_BN, gamma_BM, balanced=balanced)
+    chosen = _chosen(solver, cost_BNM)
     dtype = torch.float64 if torch.float64 in (cost_BNM.dtype, theta_BN.dtype, gamma_BM.dtype) else torch.float32
-    cost_BNM = cost_BNM.to(dtype)
+    if chosen != "triton":  # which reads half precision as it is
+        cost_BNM = cost_BNM.to(dtype)
     theta_BN, gamma_BM = (_widened(mass, dtype, balanced=balanced) for mass in (theta_BN, gamma_BM))
-
-    if solver == "torch":
-        solve = solve_torch
-    elif solver == "pot":
-        from dotcbm.transport.backend_pot import solve_pot as solve
-    else:
-        raise ValueError(f'solver is {solver!r}; choose "torch" or "pot"')
     device = cost_BNM.device.type
     # Entered only where it changes something: exporters stumble over the context.
     full_precision = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
     if relax_patch == 0:
         return _free_patches(cost_BNM, theta_BN, gamma_BM, eps=eps)
     with full_precision:
-        result = solve(
-            cost_BNM, theta_BN, gamma_BM, eps=eps, max_iter=max_iter, tol=tol, relax_patch=relax_patch, relax_concept=relax_concept
+        result = _solve(
+            cost_BNM,
+            theta_BN,
+            gamma_BM,
+            solver=chosen,
+            gradient=gradient,
+            eps=eps,
+            max_iter=max_iter,
+            tol=tol,
+            relax_patch=relax_patch,
+            relax_concept=relax_concept,
+            accelerate=accelerate,
+            check=check,
         )
     if check and tol is not None and bool((result.residual_B >= tol).any()):
         warnings.warn(
@@ -103,13 +121,96 @@ def sinkhorn(
     return result
 
 
+def _chosen(solver: Solver, cost_BNM: Tensor) -> Solver:
+    if solver not in get_args(Solver):
+        raise ValueError(f"solver is {solver!r}; choose one of {list(get_args(Solver))}")
+    if solver == "auto":
+        wanted = cost_BNM.device.type == "cuda" and cost_BNM.dtype != torch.float64 and find_spec("triton") is not None
+        return "triton" if wanted else "torch"
+    if solver == "triton":
+        if find_spec("triton") is None:
+            raise ValueError('solver is "triton", which is not installed; choose "auto" or "torch"')
+        if cost_BNM.device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+            raise ValueError(f'solver is "triton", which runs on CUDA, and the cost is on {cost_BNM.device}; choose "auto" or "torch"')
+        if cost_BNM.dtype == torch.float64:
+            raise ValueError('solver is "triton", which computes in float32, and the cost is in float64; choose "auto" or "torch"')
+    return solver
+
+
+def _solve(
+    cost_BNM: Tensor,
+    theta_BN: Tensor,
+    gamma_BM: Tensor,
+    *,
+    solver: Solver,
+    gradient: Gradient,
+    eps: float,
+    max_iter: int,
+    tol: float | None,
+    relax_patch: float | None,
+    relax_concept: float | None,
+    accelerate: bool,
+    check: bool,
+) -> TransportPlan:
+    differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in (cost_BNM, theta_BN, gamma_BM))
+    settings = {"eps": eps, "max_iter": max_iter, "tol": tol, "relax_patch": relax_patch, "relax_concept": relax_concept}
+    unrolled = _pot() if solver == "pot" else solve_unrolled
+    traced = torch.compiler.is_exporting() if solver == "triton" else torch.compiler.is_compiling()
+    if traced or (differentiate and gradient == "unroll"):
+        return unrolled(cost_BNM, theta_BN, gamma_BM, **settings)
+    accelerate = accelerate and tol is not None
+    if solver == "triton":
+        found = _triton()(cost_BNM, theta_BN, gamma_BM, **settings, accelerate=accelerate)
+        # Looking at the residual waits for the device.
+        return found if not (differentiate and check) or _trusted(found, eps=eps) else unrolled(cost_BNM, theta_BN, gamma_BM, **settings)
+    with torch.no_grad():
+        inputs = [x.detach() for x in (cost_BNM, theta_BN, gamma_BM)]
+        found = unrolled(*inputs, **settings) if solver == "pot" else solve_torch(*inputs, **settings, accelerate=accelerate)
+    if not differentiate:
+        return found
+    if not _trusted(found, eps=eps):
+        return unrolled(cost_BNM, theta_BN, gamma_BM, **settings)
+    plan_BNM = attach_gradient(cost_BNM, theta_BN, gamma_BM, found, eps=eps, relax_patch=relax_patch, relax_concept=relax_concept)
+    return replace(found, plan_BNM=plan_BNM)
+
+
+def _trusted(found: TransportPlan, *, eps: float) -> bool:
+    """Whether the implicit formula holds there; says so if not."""
+    if not bool((found.residual_B > _CONVERGED).any()):
+        return True
+    warnings.warn(
+        f"transport with eps={eps:g} left a residual of {float(found.residual_B.max()):.2g} after {found.num_iter} iterations, too "
+        "much for implicit gradients: its iterations are unrolled, which takes more time and memory; raise max_iter or eps",
+        stacklevel=4,
+    )
+    return False
+
+
+def _triton() -> Callable[..., TransportPlan]:
+    from dotcbm.transport.backend_triton import solve_triton
+
+    return solve_triton
+
+
+def _pot() -> Callable[..., TransportPlan]:
+    from dotcbm.transport.backend_pot import solve_pot
+
+    return solve_pot
+
+
 def _free_patches(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, *, eps: float) -> TransportPlan:
     """The plan whose rows are free: each column is a softmax over the patches that have mass."""
     log_u_BN = torch.where(theta_BN > 0, theta_BN, 1.0).log().masked_fill(theta_BN <= 0, -torch.inf)
     log_v_BM = safe_log(gamma_BM) - (log_u_BN[..., None] - cost_BNM / eps).logsumexp(1)
     log_v_BM = log_v_BM.masked_fill(gamma_BM <= 0, -torch.inf)
     plan_BNM = (log_u_BN[..., None] + log_v_BM[:, None] - cost_BNM / eps).exp()
-    return TransportPlan(plan_BNM, log_u_BN, log_v_BM, (plan_BNM.sum(1) - gamma_BM).abs().sum(1).detach(), 0)
+    return TransportPlan(
+        plan_BNM,
+        log_u_BN,
+        log_v_BM,
+        (plan_BNM.sum(1) - gamma_BM).abs().sum(1).detach(),
+        torch.zeros_like(log_v_BM[:, 0], dtype=torch.int32),
+    )
 
 
 def _batched(cost_BNM: Tensor, theta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +242,10 @@ def _check_settings(*, eps: float, max_iter: int, tol: float | None, relax_patch
 
 
 def _check_values(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, *, balanced: bool) -> None:
-    bad_B = ~cost_BNM.detach().isfinite().flatten(1).all(1)
+    # One pass; only where a sum is not finite is it worth three to see whether an element is the reason.
+    bad_B = ~cost_BNM.detach().sum((1, 2), dtype=torch.promote_types(cost_BNM.dtype, torch.float32)).isfinite()
+    if bad_B.any():
+        bad_B = ~cost_BNM.detach().isfinite().flatten(1).all(1)
     if bad_B.any():
         raise ValueError(f"the cost of picture {_first(bad_B)} of the batch holds NaN or infinite values; look at that picture's features")
     for name, mass in (("theta", theta_BN.detach()), ("gamma", gamma_BM.detach())):

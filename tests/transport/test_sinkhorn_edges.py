@@ -48,7 +48,7 @@ def test_zero_masses_equal_the_problem_without_them(relax_patch, relax_concept):
 def test_one_patch_or_one_concept_is_the_product_of_the_marginals(N, M):
     cost, theta, gamma = problem(N=N, M=M)
     result = sinkhorn(cost.requires_grad_(), theta, gamma, eps=0.05)
-    torch.testing.assert_close(result.plan_BNM, theta[:, :, None] * gamma, atol=1e-6, rtol=0)
+    torch.testing.assert_close(result.plan_BNM, theta[:, :, None] * gamma, atol=0, rtol=5e-6)
     result.plan_BNM.square().sum().backward()
     assert cost.grad is not None
     assert cost.grad.abs().max() < 1e-5
@@ -141,12 +141,12 @@ def test_negative_nan_and_missing_mass(relax):
 def test_half_precision_inputs_are_accumulated_in_float32(dtype, relax):
     cost, theta, gamma = problem(N=196, M=30, dtype=dtype)
     cost.requires_grad_()
-    options = {"eps": 0.1, "relax_patch": relax, "relax_concept": relax}
+    options = {"eps": 0.1, "tol": None, "max_iter": 20, "relax_patch": relax, "relax_concept": relax}
     result = sinkhorn(cost, theta, gamma, **options)
     assert result.plan_BNM.dtype == torch.float32
     total_theta = theta.double() / (theta.double().sum(1, keepdim=True) if relax is None else 1)
     total_gamma = gamma.double() / (gamma.double().sum() if relax is None else 1)
-    reference = sinkhorn(cost.detach().double(), total_theta, total_gamma, tol=None, max_iter=result.num_iter, **options)
+    reference = sinkhorn(cost.detach().double(), total_theta, total_gamma, **options)
     torch.testing.assert_close(result.plan_BNM.double(), reference.plan_BNM, atol=1e-7, rtol=1e-3)
     result.plan_BNM.square().sum().backward()
     assert cost.grad is not None

@@ -1,0 +1,179 @@
+"""Gradients of a plan by implicit differentiation: memory and time do not depend on the iterations.
+
+B pictures, N patches, M concepts. At the fixed point, with r and c the sums of the plan's rows and columns, p = relax / (relax + eps)
+(1 where balanced) and S = plan / r, an infinitesimal change of cost, theta and gamma changes u and v so that
+
+    (r / p_u) du + P dv = P dC / eps + (r / (p_u theta)) dtheta        P dC: row sums of P * dC
+    P^T du + (c / p_v) dv = P^T dC / eps + (c / (p_v gamma)) dgamma
+
+The system is symmetric. For a gradient G of the plan, W = S * G, g_i = sum_j W_ij, eliminating the patches leaves one of size M,
+
+    (diag(c) / p_v - p_u S^T diag(r) S) y = W^T r - p_u S^T (r g),      x = p_u (g - S y)
+
+    dC = -P (G - x - y) / eps,   dtheta = (r / theta) (g - S y),   dgamma = (c / (p_v gamma)) y
+
+It has one null direction where both sides are balanced, a constant, which the right-hand side has no part of. theta's gradient comes from
+the softmax S and not from plan / theta, so that it stays finite for the smallest saliency; an entry of exactly 0 has none.
+The formula holds where the iteration has converged; `dotcbm.transport.sinkhorn` sees to that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dotcbm.transport.plan import TransportPlan
+
+__all__ = ["attach_gradient", "solve_schur"]
+
+_DIRECT = 48  # concepts up to which a factorisation is faster than conjugate gradients (reports/benchmarks)
+_MAX_STEPS = 200
+_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
+_GROUP_ELEMENTS = 2**19  # see backend_torch
+
+
+def attach_gradient(
+    cost_BNM: Tensor,
+    theta_BN: Tensor,
+    gamma_BM: Tensor,
+    found: TransportPlan,
+    *,
+    eps: float,
+    relax_patch: float | None,
+    relax_concept: float | None,
+) -> Tensor:
+    """found.plan_BNM as a function of the other three; what else is in `found` has no gradient."""
+    power_u, power_v = (1.0 if r is None else r / (r + eps) for r in (relax_patch, relax_concept))
+    return _Plan.apply(cost_BNM, theta_BN, gamma_BM, found, eps, power_u, power_v)
+
+
+class _Plan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, found: TransportPlan, eps: float, power_u: float, power_v: float
+    ) -> Tensor:
+        ctx.save_for_backward(cost_BNM, theta_BN, gamma_BM, found.log_u_BN, found.log_v_BM)
+        ctx.settings = (eps, power_u, power_v)
+        return found.plan_BNM
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        cost_BNM, theta_BN, gamma_BM, log_u_BN, log_v_BM = ctx.saved_tensors
+        eps, power_u, power_v = ctx.settings
+        (grad_BNM,) = grads
+        B, N, M = cost_BNM.shape
+        d_cost, d_theta, d_gamma = (
+            torch.empty_like(cost_BNM, memory_format=torch.contiguous_format),
+            torch.empty_like(theta_BN),
+            torch.empty_like(gamma_BM),
+        )
+        step = max(1, _GROUP_ELEMENTS // (N * M)) if cost_BNM.device.type == "cpu" else max(1, B)
+        for start in range(0, B, step):
+            rows = slice(start, start + step)
+            d_theta[rows], d_gamma[rows] = _group(
+                grad_BNM[rows],
+                cost_BNM[rows],
+                theta_BN[rows],
+                gamma_BM[rows],
+                log_u_BN[rows],
+                log_v_BM[rows],
+                eps=eps,
+                power_u=power_u,
+                power_v=power_v,
+                out_GNM=d_cost[rows],
+            )
+        return d_cost, d_theta, d_gamma, None, None, None, None
+
+
+def _group(
+    grad_GNM: Tensor,
+    cost_GNM: Tensor,
+    theta_GN: Tensor,
+    gamma_GM: Tensor,
+    log_u_GN: Tensor,
+    log_v_GM: Tensor,
+    *,
+    eps: float,
+    power_u: float,
+    power_v: float,
+    out_GNM: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of theta and gamma; that of the cost goes to out_GNM."""
+    soft_GNM = torch.sub(log_v_GM[:, None], cost_GNM, alpha=1 / eps)
+    if power_u == 1:
+        row_GN, row_over_theta_GN = theta_GN, torch.ones_like(theta_GN)
+    else:
+        sum_GN = soft_GNM.logsumexp(2)
+        row_GN, row_over_theta_GN = (log_u_GN + sum_GN).exp(), ((1 - power_u) * sum_GN).exp()
+    soft_GNM = soft_GNM.softmax(2)
+    weighted_GNM = torch.mul(soft_GNM, grad_GNM, out=out_GNM)
+    mean_GN = weighted_GNM.sum(2)
+    column_GM = _rows_times(row_GN, soft_GNM)
+    right_GM = _rows_times(row_GN, weighted_GNM) - power_u * _rows_times(row_GN * mean_GN, soft_GNM)
+    y_GM = solve_schur(soft_GNM, row_GN, column_GM, right_GM, power_u=power_u, power_v=power_v)
+    inner_GN = mean_GN - torch.bmm(y_GM[:, None], soft_GNM.transpose(1, 2))[:, 0]
+    shift_GNM = soft_GNM.mul_((power_u * inner_GN)[:, :, None] + y_GM[:, None])
+    weighted_GNM.sub_(shift_GNM).mul_((row_GN / -eps)[:, :, None])
+    d_theta_GN = torch.where(theta_GN > 0, row_over_theta_GN * inner_GN, 0.0)
+    ratio_GM = torch.ones_like(gamma_GM) if power_v == 1 else column_GM / (power_v * gamma_GM.where(gamma_GM > 0, 1.0))
+    return d_theta_GN, torch.where(gamma_GM > 0, ratio_GM * y_GM, 0.0)
+
+
+def _rows_times(a_GN: Tensor, matrix_GNM: Tensor) -> Tensor:
+    return torch.bmm(a_GN[:, None], matrix_GNM)[:, 0]
+
+
+def solve_schur(soft_GNM: Tensor, row_GN: Tensor, column_GM: Tensor, right_GM: Tensor, *, power_u: float, power_v: float) -> Tensor:
+    """(G, M) y of (diag(c) / p_v - p_u S^T diag(r) S) y = right; 0 for a concept without mass."""
+    present_GM = column_GM > 0
+    scale_GM = torch.where(present_GM, column_GM.where(present_GM, 1.0).rsqrt(), 0.0)
+    if column_GM.shape[1] <= _DIRECT:
+        return _direct(soft_GNM, row_GN, right_GM, scale_GM, singular=power_u == power_v == 1, power_u=power_u, power_v=power_v)
+    return _conjugate_gradients(soft_GNM, row_GN, right_GM, scale_GM, power_u=power_u, power_v=power_v)
+
+
+def _direct(
+    soft_GNM: Tensor, row_GN: Tensor, right_GM: Tensor, scale_GM: Tensor, *, singular: bool, power_u: float, power_v: float
+) -> Tensor:
+    """By Cholesky, scaled to a unit diagonal of c. The null direction sqrt(c) is lifted to eigenvalue 1."""
+    half_GNM = soft_GNM * row_GN.sqrt()[:, :, None] * scale_GM[:, None]
+    identity_MM = torch.eye(right_GM.shape[1], dtype=right_GM.dtype, device=right_GM.device)
+    matrix_GMM = identity_MM / power_v - power_u * half_GNM.transpose(1, 2) @ half_GNM
+    if singular:
+        null_GM = torch.where(scale_GM > 0, 1 / scale_GM.where(scale_GM > 0, 1.0), 0.0)
+        null_GM = null_GM / null_GM.norm(dim=1, keepdim=True).clamp_min(torch.finfo(null_GM.dtype).tiny)
+        matrix_GMM = matrix_GMM + null_GM[:, :, None] * null_GM[:, None]
+    factor_GMM, failed_G = torch.linalg.cholesky_ex(matrix_GMM)
+    solved_GM = torch.cholesky_solve((scale_GM * right_GM)[:, :, None], factor_GMM)[:, :, 0]
+    if bool((failed_G > 0).any()):  # concepts that no patch tells apart: singular to rounding
+        rest_GM = _conjugate_gradients(soft_GNM, row_GN, right_GM, scale_GM, power_u=power_u, power_v=power_v)
+        return torch.where((failed_G > 0)[:, None], rest_GM, scale_GM * solved_GM)
+    return scale_GM * solved_GM
+
+
+def _conjugate_gradients(soft_GNM: Tensor, row_GN: Tensor, right_GM: Tensor, scale_GM: Tensor, *, power_u: float, power_v: float) -> Tensor:
+    """On the matrix scaled to a unit diagonal of c, each picture until its residual has fallen by `_TOLERANCE`."""
+    residual_GM = scale_GM * right_GM
+    solved_GM, direction_GM = torch.zeros_like(residual_GM), residual_GM
+    square_G = residual_GM.square().sum(1)
+    enough_G = square_G * _TOLERANCE[square_G.dtype] ** 2
+    tiny = torch.finfo(square_G.dtype).tiny
+    for _ in range(min(_MAX_STEPS, 2 * right_GM.shape[1])):
+        open_G = square_G > enough_G
+        if not bool(open_G.any()):
+            break
+        forward_GN = torch.bmm((scale_GM * direction_GM)[:, None], soft_GNM.transpose(1, 2))[:, 0]
+        image_GM = direction_GM / power_v - power_u * scale_GM * _rows_times(row_GN * forward_GN, soft_GNM)
+        curvature_G = (direction_GM * image_GM).sum(1)
+        # No curvature is left but rounding: the null direction.
+        length_G = torch.where(open_G & (curvature_G > tiny), square_G / curvature_G.clamp_min(tiny), 0.0)
+        solved_GM = solved_GM + length_G[:, None] * direction_GM
+        residual_GM = residual_GM - length_G[:, None] * image_GM
+        new_G = residual_GM.square().sum(1)
+        direction_GM = residual_GM + (new_G / square_G.clamp_min(tiny))[:, None] * direction_GM
+        square_G = torch.where(length_G > 0, new_G, 0.0)
+    return scale_GM * solved_GM
