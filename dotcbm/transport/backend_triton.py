@@ -1,24 +1,37 @@
-"""Sinkhorn on CUDA by the kernels of `triton_kernels`: registered operators with gradients, for eager code, torch.compile and CUDA graphs.
+"""Sinkhorn on CUDA by the kernels of `triton_kernels`, with gradients, for eager code, torch.compile and CUDA graphs.
 
-B pictures, N patches, M concepts. Neither operator waits for the device; the plan, the cost's gradient and what the caller holds are
-all that has size B N M.
+B pictures, N patches, M concepts. Nothing waits for the device; the plan, the cost's gradient and what the caller holds are all that
+has size B N M, and of the scores alone not even the plan. Under torch.compile the kernels are registered operators; eager code takes a
+plain autograd function, which costs the host a tenth of that.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dotcbm.transport import triton_kernels
 from dotcbm.transport.plan import TransportPlan
-from dotcbm.transport.triton_kernels import backward_kernel, forward_kernel
 
-__all__ = ["blocks", "solve_triton"]
+__all__ = ["concept_blocks", "scores_triton", "solve_triton"]
 
+_FORWARD: Any = triton_kernels.forward_kernel  # called as kernel[grid](...), which no checker understands
+_BACKWARD: Any = triton_kernels.backward_kernel
 _LOG2E = 1.4426950408889634
 _CG_STEPS, _CG_TOLERANCE = 100, 1e-5
-_TILE = 4096  # elements of a tile
+
+
+class _Solved(NamedTuple):
+    """Output of the forward operator: the plan, or (B, M) scores, potentials, log2 sums of the rows, residual, iterations."""
+
+    value: Tensor
+    log_u_BN: Tensor
+    log_v_BM: Tensor
+    row_BN: Tensor
+    residual_B: Tensor
+    num_iter_B: Tensor
 
 
 def solve_triton(
@@ -34,14 +47,28 @@ def solve_triton(
     accelerate: bool,
 ) -> TransportPlan:
     """See `dotcbm.transport.sinkhorn.sinkhorn`. Inputs are checked and batched on every side; the cost may be in half precision."""
-    relax = [-1.0 if r is None else r for r in (relax_patch, relax_concept)]
-    plan_BNM, log_u_BN, log_v_BM, _, residual_B, num_iter_B = _forward(
-        cost_BNM, theta_BN, gamma_BM, eps, max_iter, 0.0 if tol is None else tol, relax[0], relax[1], accelerate
-    )
-    return TransportPlan(plan_BNM, log_u_BN, log_v_BM, residual_B, num_iter_B)
+    found = _apply(cost_BNM, theta_BN, gamma_BM, eps, max_iter, tol, relax_patch, relax_concept, accelerate, scores=False)
+    return TransportPlan(found.value, found.log_u_BN, found.log_v_BM, found.residual_B, found.num_iter_B)
 
 
-def blocks(num_concepts: int) -> tuple[int, int]:
+def scores_triton(
+    cost_BNM: Tensor,
+    theta_BN: Tensor,
+    gamma_BM: Tensor,
+    *,
+    eps: float,
+    max_iter: int,
+    tol: float | None,
+    relax_patch: float | None,
+    relax_concept: float | None,
+    accelerate: bool,
+) -> tuple[Tensor, Tensor]:
+    """(B, M) sum_i plan_ij (1 - cost_ij), whose plan is never written, and (B,) the residual."""
+    found = _apply(cost_BNM, theta_BN, gamma_BM, eps, max_iter, tol, relax_patch, relax_concept, accelerate, scores=True)
+    return found.value, found.residual_B
+
+
+def concept_blocks(num_concepts: int) -> tuple[int, int]:
     """Sizes of the one or two blocks, powers of two, into which the concepts are cut; the second is 1 for none."""
     first = max(16, 1 << (num_concepts.bit_length() - 1))
     rest = num_concepts - first
@@ -51,92 +78,89 @@ def blocks(num_concepts: int) -> tuple[int, int]:
     return (first, second) if second < first else (2 * first, 1)
 
 
-def _settings(num_patches: int, num_concepts: int) -> dict[str, int]:
-    first, second = blocks(num_concepts)
-    rows = max(1, min(64, _TILE // (first + (second if second > 1 else 0))))
-    rows = 1 << (rows.bit_length() - 1)
-    while rows > 1 and rows >= 2 * num_patches:
-        rows //= 2
-    return {"BLOCK_N": rows, "A": first, "B": second, "num_warps": 8 if first >= 128 else 4}
+def _tiles(num_concepts: int) -> dict[str, int]:
+    """Shape of a tile and the warps that share it, by measurement (reports/benchmarks)."""
+    first, second = concept_blocks(num_concepts)
+    wide_a, wide_b = min(first, 128), min(second, 128)
+    num_warps = 8 if first <= 256 else 16
+    return {
+        "R": 2 * num_warps if first <= 256 else num_warps,
+        "KA": first // wide_a,
+        "WA": wide_a,
+        "KB": second // wide_b,
+        "WB": wide_b,
+        "num_warps": num_warps,
+    }
 
 
-def _powers(eps: float, relax_patch: float, relax_concept: float) -> tuple[float, float]:
-    power_u, power_v = (1.0 if r < 0 else r / (r + eps) for r in (relax_patch, relax_concept))
+def _powers(eps: float, relax_patch: float | None, relax_concept: float | None) -> tuple[float, float]:
+    power_u, power_v = (1.0 if r is None else r / (r + eps) for r in (relax_patch, relax_concept))
     return power_u, power_v
 
 
-@torch.library.custom_op("dotcbm::sinkhorn", mutates_args=())
+def _apply(cost_BNM: Tensor, *arguments: Any, scores: bool) -> _Solved:
+    if torch.compiler.is_compiling():
+        return _Solved(*torch.ops.dotcbm.sinkhorn(cost_BNM, *arguments, scores))
+    return _Solved(*_Eager.apply(cost_BNM, *arguments, scores))
+
+
 def _forward(
     cost_BNM: Tensor,
     theta_BN: Tensor,
     gamma_BM: Tensor,
     eps: float,
     max_iter: int,
-    tol: float,
-    relax_patch: float,
-    relax_concept: float,
+    tol: float | None,
+    relax_patch: float | None,
+    relax_concept: float | None,
     accelerate: bool,
+    scores: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Plan, potentials, log2 sums of the rows, residual, iterations; a negative relax is none."""
-    plan_BNM, log_u_BN, log_v_BM, row_BN, residual_B, num_iter_B = _like(cost_BNM)
+    found = _empty(cost_BNM, scores=scores)
     B, N, M = cost_BNM.shape
     if B:
+        value, log_u_BN, log_v_BM, row_BN, residual_B, num_iter_B = found
         power_u, power_v = _powers(eps, relax_patch, relax_concept)
-        forward_kernel[(B,)](
+        _FORWARD[(B,)](
             cost_BNM,
             theta_BN,
             gamma_BM,
-            plan_BNM,
+            value,
+            value,
             log_u_BN,
             log_v_BM,
             row_BN,
             residual_B,
             num_iter_B,
-            plan_BNM,
             N,
             M,
             *cost_BNM.stride(),
             *theta_BN.stride(),
             *gamma_BM.stride(),
             _LOG2E / eps,
-            tol,
+            0.0 if tol is None else tol,
             max_iter,
             power_u,
             power_v,
-            0.0 if relax_concept < 0 else eps / relax_concept,
-            RELAX_U=relax_patch >= 0,
-            RELAX_V=relax_concept >= 0,
+            0.0 if relax_concept is None else eps / relax_concept,
+            RELAX_U=relax_patch is not None,
+            RELAX_V=relax_concept is not None,
             ACCELERATE=accelerate,
-            WRITE_PLAN=True,
-            SCORE=False,
-            **_settings(N, M),
+            SCORE=scores,
+            **_tiles(M),
         )
-    return plan_BNM, log_u_BN, log_v_BM, row_BN, residual_B, num_iter_B
+    return found
 
 
-@_forward.register_fake
-def _(cost_BNM: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    del rest
-    return _like(cost_BNM)
-
-
-def _like(cost_BNM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _empty(cost_BNM: Tensor, *, scores: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, N, M = cost_BNM.shape
-    new = cost_BNM.new_empty
-    full = torch.float32
-    return (
-        new((B, N, M), dtype=full),
-        new((B, N), dtype=full),
-        new((B, M), dtype=full),
-        new((B, N), dtype=full),
-        new((B,), dtype=full),
-        new((B,), dtype=torch.int32),
-    )
+    shapes = ((B, M) if scores else (B, N, M), (B, N), (B, M), (B, N), (B,))
+    value, log_u_BN, log_v_BM, row_BN, residual_B = (cost_BNM.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return value, log_u_BN, log_v_BM, row_BN, residual_B, cost_BNM.new_empty((B,), dtype=torch.int32)
 
 
-@torch.library.custom_op("dotcbm::sinkhorn_backward", mutates_args=())
 def _backward(
-    grad_BNM: Tensor,
+    grad: Tensor,
     cost_BNM: Tensor,
     theta_BN: Tensor,
     gamma_BM: Tensor,
@@ -144,68 +168,89 @@ def _backward(
     log_v_BM: Tensor,
     row_BN: Tensor,
     eps: float,
-    relax_patch: float,
-    relax_concept: float,
+    relax_patch: float | None,
+    relax_concept: float | None,
+    scores: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    d_cost_BNM, d_theta_BN, d_gamma_BM = _gradients_like(cost_BNM)
+    gradients = _empty_gradients(cost_BNM)
     B, N, M = cost_BNM.shape
     if B:
         power_u, power_v = _powers(eps, relax_patch, relax_concept)
-        backward_kernel[(B,)](
+        strides = (grad.stride(0), 0, grad.stride(1)) if scores else grad.stride()
+        _BACKWARD[(B,)](
             cost_BNM,
             theta_BN,
             gamma_BM,
             log_u_BN,
             log_v_BM,
             row_BN,
-            grad_BNM,
-            d_cost_BNM,
-            d_theta_BN,
-            d_gamma_BM,
+            grad,
+            *gradients,
             N,
             M,
             *cost_BNM.stride(),
             *theta_BN.stride(),
             *gamma_BM.stride(),
-            *grad_BNM.stride(),
+            *strides,
             _LOG2E / eps,
             1 / eps,
             _CG_TOLERANCE,
             _CG_STEPS,
             power_u,
             power_v,
-            RELAX_U=relax_patch >= 0,
-            RELAX_V=relax_concept >= 0,
-            SCORE=False,
-            **_settings(N, M),
+            RELAX_U=relax_patch is not None,
+            RELAX_V=relax_concept is not None,
+            SCORE=scores,
+            **_tiles(M),
         )
-    return d_cost_BNM, d_theta_BN, d_gamma_BM
+    return gradients
 
 
-@_backward.register_fake
-def _(grad_BNM: Tensor, cost_BNM: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    del grad_BNM, rest
-    return _gradients_like(cost_BNM)
-
-
-def _gradients_like(cost_BNM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_gradients(cost_BNM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     B, N, M = cost_BNM.shape
     new = cost_BNM.new_empty
-    return new((B, N, M), dtype=cost_BNM.dtype), new((B, N), dtype=torch.float32), new((B, M), dtype=torch.float32)
+    return new((B, N, M)), new((B, N), dtype=torch.float32), new((B, M), dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    cost_BNM, theta_BN, gamma_BM, eps, _, _, relax_patch, relax_concept, _ = inputs
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    cost_BNM, theta_BN, gamma_BM, eps, _, _, relax_patch, relax_concept, _, scores = inputs
     _, log_u_BN, log_v_BM, row_BN, residual_B, num_iter_B = output
     ctx.mark_non_differentiable(log_u_BN, log_v_BM, row_BN, residual_B, num_iter_B)
     ctx.save_for_backward(cost_BNM, theta_BN, gamma_BM, log_u_BN, log_v_BM, row_BN)
-    ctx.settings = (eps, relax_patch, relax_concept)
+    ctx.settings = (eps, relax_patch, relax_concept, scores)
 
 
-def _differentiate(ctx: Any, grad_BNM: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
-    del rest
-    gradients = _backward(grad_BNM, *ctx.saved_tensors, *ctx.settings)
-    return (*gradients, None, None, None, None, None, None)
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _remember(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_backward(grads[0], *ctx.saved_tensors, *ctx.settings), *(None,) * 7)
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_operator = torch.library.custom_op("dotcbm::sinkhorn", _forward, mutates_args=())
+_gradient_operator = torch.library.custom_op("dotcbm::sinkhorn_backward", _backward, mutates_args=())
+
+
+@_operator.register_fake
+def _(cost_BNM: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty(cost_BNM, scores=inputs[-1])
+
+
+@_gradient_operator.register_fake
+def _(grad: Tensor, cost_BNM: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    del grad, inputs
+    return _empty_gradients(cost_BNM)
+
+
+def _differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    return (*torch.ops.dotcbm.sinkhorn_backward(grads[0], *ctx.saved_tensors, *ctx.settings), *(None,) * 7)
+
+
+_operator.register_autograd(_differentiate, setup_context=_remember)

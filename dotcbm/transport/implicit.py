@@ -32,6 +32,8 @@ __all__ = ["attach_gradient", "solve_schur"]
 _DIRECT = 48  # concepts up to which a factorisation is faster than conjugate gradients (reports/benchmarks)
 _MAX_STEPS = 200
 _TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
+# Curvature over squared length below which a direction is the null direction but for rounding; other eigenvalues are far above.
+_FLAT = {torch.float32: 1e-6, torch.float64: 1e-14}
 _GROUP_ELEMENTS = 2**19  # see backend_torch
 
 
@@ -64,29 +66,45 @@ class _Plan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         cost_BNM, theta_BN, gamma_BM, log_u_BN, log_v_BM = ctx.saved_tensors
         eps, power_u, power_v = ctx.settings
-        (grad_BNM,) = grads
-        B, N, M = cost_BNM.shape
-        d_cost, d_theta, d_gamma = (
-            torch.empty_like(cost_BNM, memory_format=torch.contiguous_format),
-            torch.empty_like(theta_BN),
-            torch.empty_like(gamma_BM),
+        with torch.autocast(cost_BNM.device.type, enabled=False):
+            gradients = _gradients(grads[0], cost_BNM, theta_BN, gamma_BM, log_u_BN, log_v_BM, eps=eps, power_u=power_u, power_v=power_v)
+        return (*gradients, None, None, None, None)
+
+
+def _gradients(
+    grad_BNM: Tensor,
+    cost_BNM: Tensor,
+    theta_BN: Tensor,
+    gamma_BM: Tensor,
+    log_u_BN: Tensor,
+    log_v_BM: Tensor,
+    *,
+    eps: float,
+    power_u: float,
+    power_v: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, N, M = cost_BNM.shape
+    d_cost, d_theta, d_gamma = (
+        torch.empty_like(cost_BNM, memory_format=torch.contiguous_format),
+        torch.empty_like(theta_BN),
+        torch.empty_like(gamma_BM),
+    )
+    step = max(1, _GROUP_ELEMENTS // (N * M)) if cost_BNM.device.type == "cpu" else max(1, B)
+    for start in range(0, B, step):
+        rows = slice(start, start + step)
+        d_theta[rows], d_gamma[rows] = _group(
+            grad_BNM[rows],
+            cost_BNM[rows],
+            theta_BN[rows],
+            gamma_BM[rows],
+            log_u_BN[rows],
+            log_v_BM[rows],
+            eps=eps,
+            power_u=power_u,
+            power_v=power_v,
+            out_GNM=d_cost[rows],
         )
-        step = max(1, _GROUP_ELEMENTS // (N * M)) if cost_BNM.device.type == "cpu" else max(1, B)
-        for start in range(0, B, step):
-            rows = slice(start, start + step)
-            d_theta[rows], d_gamma[rows] = _group(
-                grad_BNM[rows],
-                cost_BNM[rows],
-                theta_BN[rows],
-                gamma_BM[rows],
-                log_u_BN[rows],
-                log_v_BM[rows],
-                eps=eps,
-                power_u=power_u,
-                power_v=power_v,
-                out_GNM=d_cost[rows],
-            )
-        return d_cost, d_theta, d_gamma, None, None, None, None
+    return d_cost, d_theta, d_gamma
 
 
 def _group(
@@ -169,11 +187,11 @@ def _conjugate_gradients(soft_GNM: Tensor, row_GN: Tensor, right_GM: Tensor, sca
         forward_GN = torch.bmm((scale_GM * direction_GM)[:, None], soft_GNM.transpose(1, 2))[:, 0]
         image_GM = direction_GM / power_v - power_u * scale_GM * _rows_times(row_GN * forward_GN, soft_GNM)
         curvature_G = (direction_GM * image_GM).sum(1)
-        # No curvature is left but rounding: the null direction.
-        length_G = torch.where(open_G & (curvature_G > tiny), square_G / curvature_G.clamp_min(tiny), 0.0)
+        bent_G = open_G & (curvature_G > _FLAT[square_G.dtype] * direction_GM.square().sum(1))
+        length_G = torch.where(bent_G, square_G / curvature_G.where(bent_G, 1.0), 0.0)
         solved_GM = solved_GM + length_G[:, None] * direction_GM
         residual_GM = residual_GM - length_G[:, None] * image_GM
         new_G = residual_GM.square().sum(1)
         direction_GM = residual_GM + (new_G / square_G.clamp_min(tiny))[:, None] * direction_GM
-        square_G = torch.where(length_G > 0, new_G, 0.0)
+        square_G = torch.where(bent_G, new_G, 0.0)
     return scale_GM * solved_GM
