@@ -69,26 +69,25 @@ def scores_triton(
 
 
 def concept_blocks(num_concepts: int) -> tuple[int, int]:
-    """Sizes of the one or two blocks, powers of two, into which the concepts are cut; the second is 1 for none."""
-    first = max(16, 1 << (num_concepts.bit_length() - 1))
-    rest = num_concepts - first
-    if rest <= 0:
-        return first, 1
-    second = max(16, 1 << (rest - 1).bit_length())
-    return (first, second) if second < first else (2 * first, 1)
+    """The one or two blocks, in units of 32 concepts and powers of two, that waste least; the second is 0 for none."""
+    needed = -(-num_concepts // 32)
+    first = 1 << (needed.bit_length() - 1)
+    second = 1 << (needed - first - 1).bit_length() if needed > first else 0
+    if second == first:
+        first, second = 2 * first, 0
+    # A block without gaps is read with fewer instructions: worth a second one where there are many concepts.
+    return (first // 2, first // 2) if not second and first > 8 and first * 32 > num_concepts else (first, second)
 
 
-def _tiles(num_concepts: int) -> dict[str, int]:
+def _tiles(num_concepts: int) -> dict[str, int | bool]:
     """Shape of a tile and the warps that share it, by measurement (reports/benchmarks)."""
     first, second = concept_blocks(num_concepts)
-    wide_a, wide_b = min(first, 128), min(second, 128)
-    num_warps = 8 if first <= 256 else 16
+    num_warps = 8 if first <= 8 else 16
     return {
-        "R": 2 * num_warps if first <= 256 else num_warps,
-        "KA": first // wide_a,
-        "WA": wide_a,
-        "KB": second // wide_b,
-        "WB": wide_b,
+        "R": 2 * num_warps if first <= 4 else num_warps,
+        "KA": first,
+        "KB": second,
+        "FULL_A": first * 32 <= num_concepts,
         "num_warps": num_warps,
     }
 
@@ -129,6 +128,7 @@ def _forward(
             value,
             log_u_BN,
             log_v_BM,
+            torch.empty_like(log_v_BM),
             row_BN,
             residual_B,
             num_iter_B,
@@ -186,6 +186,7 @@ def _backward(
             row_BN,
             grad,
             *gradients,
+            cost_BNM.new_empty((B, 4, M), dtype=torch.float32),
             N,
             M,
             *cost_BNM.stride(),

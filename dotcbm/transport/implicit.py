@@ -179,7 +179,6 @@ def _conjugate_gradients(soft_GNM: Tensor, row_GN: Tensor, right_GM: Tensor, sca
     solved_GM, direction_GM = torch.zeros_like(residual_GM), residual_GM
     square_G = residual_GM.square().sum(1)
     enough_G = square_G * _TOLERANCE[square_G.dtype] ** 2
-    tiny = torch.finfo(square_G.dtype).tiny
     for _ in range(min(_MAX_STEPS, 2 * right_GM.shape[1])):
         open_G = square_G > enough_G
         if not bool(open_G.any()):
@@ -192,6 +191,8 @@ def _conjugate_gradients(soft_GNM: Tensor, row_GN: Tensor, right_GM: Tensor, sca
         solved_GM = solved_GM + length_G[:, None] * direction_GM
         residual_GM = residual_GM - length_G[:, None] * image_GM
         new_G = residual_GM.square().sum(1)
-        direction_GM = residual_GM + (new_G / square_G.clamp_min(tiny))[:, None] * direction_GM
+        # A picture that is done stays as it is: its direction would grow without bound.
+        turn_G = torch.where(bent_G, new_G / square_G.where(bent_G, 1.0), 0.0)
+        direction_GM = residual_GM + turn_G[:, None] * direction_GM
         square_G = torch.where(bent_G, new_G, 0.0)
     return scale_GM * solved_GM
