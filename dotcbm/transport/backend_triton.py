@@ -15,7 +15,7 @@ from torch import Tensor
 from dotcbm.transport import triton_kernels
 from dotcbm.transport.plan import TransportPlan
 
-__all__ = ["concept_blocks", "scores_triton", "solve_triton"]
+__all__ = ["scores_triton", "solve_triton"]
 
 _FORWARD: Any = triton_kernels.forward_kernel  # called as kernel[grid](...), which no checker understands
 _BACKWARD: Any = triton_kernels.backward_kernel
@@ -68,28 +68,17 @@ def scores_triton(
     return found.value, found.residual_B
 
 
-def concept_blocks(num_concepts: int) -> tuple[int, int]:
-    """The one or two blocks, in units of 32 concepts and powers of two, that waste least; the second is 0 for none."""
-    needed = -(-num_concepts // 32)
-    first = 1 << (needed.bit_length() - 1)
-    second = 1 << (needed - first - 1).bit_length() if needed > first else 0
-    if second == first:
-        first, second = 2 * first, 0
-    # A block without gaps is read with fewer instructions: worth a second one where there are many concepts.
-    return (first // 2, first // 2) if not second and first > 8 and first * 32 > num_concepts else (first, second)
-
-
-def _tiles(num_concepts: int) -> dict[str, int | bool]:
+def _tiles(num_concepts: int) -> dict[str, int]:
     """Shape of a tile and the warps that share it, by measurement (reports/benchmarks)."""
-    first, second = concept_blocks(num_concepts)
-    num_warps = 8 if first <= 8 else 16
-    return {
-        "R": 2 * num_warps if first <= 4 else num_warps,
-        "KA": first,
-        "KB": second,
-        "FULL_A": first * 32 <= num_concepts,
-        "num_warps": num_warps,
-    }
+    pieces = -(-num_concepts // 32)
+    num_warps = 8
+    rows = 2 * num_warps if pieces <= 4 else num_warps
+    return {"R": rows, "K": pieces, "V": 1 << (32 * pieces - 1).bit_length(), "num_warps": num_warps}
+
+
+def _work(cost_BNM: Tensor, num_vectors: int) -> Tensor:
+    B, _, M = cost_BNM.shape
+    return cost_BNM.new_empty((B, num_vectors, -(-M // 32) * 32), dtype=torch.float32)
 
 
 def _powers(eps: float, relax_patch: float | None, relax_concept: float | None) -> tuple[float, float]:
@@ -125,13 +114,12 @@ def _forward(
             theta_BN,
             gamma_BM,
             value,
-            value,
             log_u_BN,
             log_v_BM,
-            torch.empty_like(log_v_BM),
             row_BN,
             residual_B,
             num_iter_B,
+            _work(cost_BNM, triton_kernels.WORK_FORWARD),
             N,
             M,
             *cost_BNM.stride(),
@@ -186,7 +174,7 @@ def _backward(
             row_BN,
             grad,
             *gradients,
-            cost_BNM.new_empty((B, 4, M), dtype=torch.float32),
+            _work(cost_BNM, triton_kernels.WORK_BACKWARD),
             N,
             M,
             *cost_BNM.stride(),

@@ -1,116 +1,138 @@
 """Sinkhorn and its implicit gradient as Triton kernels: one program a picture, nothing of size N x M in memory but cost and plan.
 
-The formulas are those of `backend_torch` and `implicit`, in the log domain and in logarithms to base 2. A program streams its picture's
-cost in tiles of R patches by all M concepts, once an iteration; of the concepts it keeps in registers what the tiles need, and leaves
-the rest in (B, M) arrays, as what it needs again of the patches in (B, N) arrays. All sums are in float32, whatever the cost is. Every
-program decides for itself when it stops: nothing waits for the host.
+The formulas are those of `backend_torch` and `implicit`, in the log domain and in logarithms to base 2. Once an iteration a program
+streams its picture's cost, in tiles of R patches by all M concepts; each program decides for itself when it stops, so that nothing
+waits for the host. All sums are in float32, whatever the cost is.
 
-Concepts come in one or two blocks of K x 32: a tile is (K, R, 32), so that the row of a patch lies within one warp and its sums need no
-barrier. 312 concepts are 8 x 32 and 2 x 32. The second block is absent where KB is 0. Strides are not specialised: were the compiler
-to know that they divide by 16, it would read four numbers a thread and move them between warps for everything else.
+A tile is K = M / 32 pieces of (R, 32), as many as are needed and no power of two. A patch's row of a piece lies within one warp and
+those of all pieces in the same, so that its sums need no barrier. What is known of the concepts lies in an array `work` between the
+tiles (pieces of 32 values) and the update (all at once).
 """
 
 # Triton compiles these functions; to a checker of Python their values are not what they are.
 # pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false, reportArgumentType=false, reportIndexIssue=false
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false
 
+# ruff: noqa: RUF005 (it cannot unpack into a tuple either)
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["backward_kernel", "forward_kernel"]
+__all__ = ["WORK_BACKWARD", "WORK_FORWARD", "backward_kernel", "forward_kernel"]
+
+WORK_FORWARD, WORK_BACKWARD = 3, 6  # vectors over the concepts that a program of either kernel needs room for
 
 _SLOW = tl.constexpr(0.4)  # see backend_torch
+_FLAT = tl.constexpr(1e-6)  # see implicit
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _TINY = tl.constexpr(1.2e-38)
-_FLAT = tl.constexpr(1e-6)  # see implicit
 _NO = tl.constexpr(float("-inf"))
 _NOTHING = tl.constexpr(-1e30)  # a logarithm of nothing that differences do not make NaN
+# Were the compiler to know that strides divide by 16, it would read four numbers a thread and move them between warps for the rest.
 _STRIDES = ["M", "cost_b", "cost_n", "theta_b", "gamma_b"]
 
 
 @triton.jit
-def _concepts(gamma_ptr, stride, start, M, K: tl.constexpr):
-    """(K, 32) indices of a block of concepts, their masses, and which of them have any."""
-    offs = start + tl.arange(0, K)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    gamma = tl.load(gamma_ptr + offs * stride, mask=offs < M, other=0.0).to(tl.float32)
-    return offs, gamma, gamma > 0
+def _tile(ptr, rows, stride_n, stride_m, M, K: tl.constexpr):
+    """K pieces (R, 32), 0 beyond the last concept."""
+    tile = ()
+    for j in tl.static_range(K):
+        columns = j * 32 + tl.arange(0, 32)[None, :]
+        if j < K - 1:
+            piece = tl.load(ptr + rows * stride_n + columns * stride_m)
+        else:
+            piece = tl.load(ptr + rows * stride_n + columns * stride_m, mask=columns < M, other=0.0)
+        tile = tile + (piece.to(tl.float32),)
+    return tile
 
 
 @triton.jit
-def _cost(ptr, offs_n, N, stride_n, stride_m, offs_m, M, FULL: tl.constexpr):
-    """(K, R, 32). Beyond the ends it is that of the last patch or concept, which is cheaper than a mask and must count for nothing.
-
-    FULL says that no concept of the block is beyond the end: its addresses then differ by constants.
-    """
-    columns = offs_m if FULL else tl.minimum(offs_m, M - 1)
-    return tl.load(ptr + (tl.minimum(offs_n, N - 1) * stride_n)[None, :, None] + columns[:, None, :] * stride_m).to(tl.float32)
-
-
-@triton.jit
-def _store(ptr, offs_n, n_ok, offs_m, M, value):
-    tl.store(ptr + offs_n[None, :, None] * M + offs_m[:, None, :], value, mask=n_ok[None, :, None] & (offs_m < M)[:, None, :])
+def _pieces(ptr, K: tl.constexpr):
+    """K pieces (1, 32) of a vector over the concepts."""
+    pieces = ()
+    for j in tl.static_range(K):
+        pieces = pieces + (tl.load(ptr + j * 32 + tl.arange(0, 32)[None, :]),)
+    return pieces
 
 
 @triton.jit
-def _exponents(ptr, offs_n, N, stride_n, stride_m, offs_m, M, y, scale, FULL: tl.constexpr):
-    """(K, R, 32) y_j - C_ij / eps; y is `_NOTHING` where there is no concept."""
-    return y[:, None, :] - _cost(ptr, offs_n, N, stride_n, stride_m, offs_m, M, FULL) * scale
+def _zeros(R: tl.constexpr, K: tl.constexpr):
+    tile = ()
+    for _ in tl.static_range(K):
+        tile = tile + (tl.zeros((R, 32), tl.float32),)
+    return tile
 
 
 @triton.jit
-def _row_sum(x):
-    """(R,) of (K, R, 32)."""
-    return tl.sum(tl.sum(x, 0), 1)
+def _sum_rows(tile, K: tl.constexpr):
+    """(R, 1)."""
+    total = tile[0]
+    for j in tl.static_range(1, K):
+        total += tile[j]
+    return tl.sum(total, 1, keep_dims=True)
 
 
 @triton.jit
-def _row_max(x):
-    return tl.max(tl.max(x, 0), 1)
+def _exponentials(y, cost, scale, K: tl.constexpr):
+    """K pieces 2^(y_j - C_ij scale - most_i), and (R, 1) most_i and their sum."""
+    x = ()
+    for j in tl.static_range(K):
+        x = x + (y[j] - cost[j] * scale,)
+    most = x[0]
+    for j in tl.static_range(1, K):
+        most = tl.maximum(most, x[j])
+    most = tl.max(most, 1, keep_dims=True)
+    e = ()
+    for j in tl.static_range(K):
+        e = e + (tl.exp2(x[j] - most),)
+    return e, most, _sum_rows(e, K)
 
 
 @triton.jit
-def _total(x):
-    """Of all of a (K, 32)."""
-    return tl.sum(tl.sum(x, 1), 0)
+def _plus_weighted(tile, weight, other, K: tl.constexpr):
+    """tile + weight * other; weight is (R, 1)."""
+    result = ()
+    for j in tl.static_range(K):
+        result = result + (tile[j] + weight * other[j],)
+    return result
 
 
 @triton.jit
-def _first_columns(
-    cost_ptr, theta_ptr, stride_n, stride_m, theta_n, offs_m, N, M, scale, R: tl.constexpr, K: tl.constexpr, FULL: tl.constexpr
-):
-    """(K, 32) log2 sum_i theta_i 2^(-C_ij scale)."""
-    most = tl.full((K, R, 32), _NOTHING, tl.float32)
-    total = tl.zeros((K, R, 32), tl.float32)
-    for start in range(0, N, R):
-        offs_n = start + tl.arange(0, R)
-        theta = tl.load(theta_ptr + offs_n * theta_n, mask=offs_n < N, other=0.0).to(tl.float32)
-        log_theta = tl.where(theta > 0, tl.log2(tl.where(theta > 0, theta, 1.0)), _NOTHING)
-        x = log_theta[None, :, None] - _cost(cost_ptr, offs_n, N, stride_n, stride_m, offs_m, M, FULL) * scale
-        new = tl.maximum(most, x)
-        total = total * tl.exp2(most - new) + tl.exp2(x - new)
-        most = new
-    top = tl.max(most, 1)
-    return tl.log2(tl.maximum(tl.sum(total * tl.exp2(most - top[:, None, :]), 1), _TINY)) + top
+def _store_columns(ptr, tile, K: tl.constexpr):
+    """Write the sums over the patches."""
+    for j in tl.static_range(K):
+        tl.store(ptr + j * 32 + tl.arange(0, 32)[None, :], tl.sum(tile[j], 0, keep_dims=True))
 
 
 @triton.jit
-def _mapped(y, column, gamma_ptr, gamma_m, log_mapped_ptr, offs, M, power_v, over_relax_v, RELAX_V: tl.constexpr):
-    """(K, 32) what an iteration makes of y and what the one before made of its own, and a block's shares of the residual and of the
-    product that tells momentum to stop.
-    """
-    gamma = tl.load(gamma_ptr + offs * gamma_m, mask=offs < M, other=0.0).to(tl.float32)
-    ok = gamma > 0
-    log_gamma = tl.log2(tl.where(ok, gamma, 1.0))
-    last = tl.load(log_mapped_ptr + offs, mask=ok, other=_NOTHING)
-    target = gamma
-    if RELAX_V:
-        target = gamma * tl.exp2(-over_relax_v * (y - log_gamma))
-    new = tl.where(ok, (1 - power_v) * log_gamma + power_v * (y + log_gamma - tl.log2(tl.maximum(column, _TINY))), _NOTHING)
-    residual = _total(tl.where(ok, tl.abs(column - target), 0.0))
-    return new, last, residual, _total((y - new) * (new - last) * gamma)
+def _store_tile(ptr, rows, n_ok, tile, M, K: tl.constexpr):
+    for j in tl.static_range(K):
+        columns = j * 32 + tl.arange(0, 32)[None, :]
+        tl.store(ptr + rows * M + columns, tile[j], mask=n_ok & (columns < M))
+
+
+@triton.jit
+def _store_first_columns(ptr, cost_ptr, theta_ptr, cost_n, cost_m, theta_n, N, M, scale, R: tl.constexpr, K: tl.constexpr):
+    """Write log2 sum_i theta_i 2^(-C_ij scale)."""
+    for j in range(K):
+        columns = j * 32 + tl.arange(0, 32)[None, :]
+        most = tl.full((R, 32), _NOTHING, tl.float32)
+        total = tl.zeros((R, 32), tl.float32)
+        for start in range(0, N, R):
+            offs_n = start + tl.arange(0, R)[:, None]
+            theta = tl.load(theta_ptr + offs_n * theta_n, mask=offs_n < N, other=0.0).to(tl.float32)
+            log_theta = tl.where(theta > 0, tl.log2(tl.where(theta > 0, theta, 1.0)), _NOTHING)
+            cost = tl.load(cost_ptr + tl.minimum(offs_n, N - 1) * cost_n + columns * cost_m, mask=columns < M, other=0.0)
+            x = log_theta - cost.to(tl.float32) * scale
+            new = tl.maximum(most, x)
+            total = total * tl.exp2(most - new) + tl.exp2(x - new)
+            most = new
+        top = tl.max(most, 0, keep_dims=True)
+        total = tl.sum(total * tl.exp2(most - top), 0, keep_dims=True)
+        tl.store(ptr + columns, tl.log2(tl.maximum(total, _TINY)) + top)
 
 
 @triton.jit(do_not_specialize=_STRIDES)
@@ -118,14 +140,13 @@ def forward_kernel(
     cost_ptr,
     theta_ptr,
     gamma_ptr,
-    plan_ptr,
-    score_ptr,
+    value_ptr,
     log_u_ptr,
     log_v_ptr,
-    log_mapped_ptr,
     row_ptr,
     residual_ptr,
     num_iter_ptr,
+    work_ptr,
     N,
     M,
     cost_b,
@@ -142,9 +163,8 @@ def forward_kernel(
     power_v,
     over_relax_v,
     R: tl.constexpr,
-    KA: tl.constexpr,
-    KB: tl.constexpr,
-    FULL_A: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
     RELAX_U: tl.constexpr,
     RELAX_V: tl.constexpr,
     ACCELERATE: tl.constexpr,
@@ -152,202 +172,148 @@ def forward_kernel(
 ):
     """Potentials of a picture and its plan or, with SCORE, the column sums of plan * (1 - cost) in its place.
 
-    scale is log2(e) / eps, over_relax_v eps / relax_concept; row_ptr takes log2 sum_j 2^(v_j - C_ij scale).
+    scale is log2(e) / eps, over_relax_v eps / relax_concept, V the power of two that holds 32 K; row_ptr takes
+    log2 sum_j 2^(v_j - C_ij scale).
     """
     b = tl.program_id(0).to(tl.int64)
     cost_ptr += b * cost_b
     theta_ptr += b * theta_b
     gamma_ptr += b * gamma_b
-    BOTH: tl.constexpr = KB > 0
-    LB: tl.constexpr = KB if KB > 0 else 1  # an array cannot be empty
-    log_v_ptr += b * M
-    log_mapped_ptr += b * M
-    offs_a, gamma_a, ok_a = _concepts(gamma_ptr, gamma_m, 0, M, KA)
-    offs_b, gamma_c, ok_b = _concepts(gamma_ptr, gamma_m, KA * 32, M, LB)
-    first_a = _first_columns(cost_ptr, theta_ptr, cost_n, cost_m, theta_n, offs_a, N, M, scale, R, KA, FULL_A)
-    y_a = tl.where(ok_a, tl.log2(tl.where(ok_a, gamma_a, 1.0)) - power_v * first_a, _NOTHING)
-    y_b = tl.zeros((LB, 32), tl.float32)
-    tl.store(log_mapped_ptr + offs_a, y_a, mask=offs_a < M)
-    if BOTH:
-        first_b = _first_columns(cost_ptr, theta_ptr, cost_n, cost_m, theta_n, offs_b, N, M, scale, R, LB, False)
-        y_b = tl.where(ok_b, tl.log2(tl.where(ok_b, gamma_c, 1.0)) - power_v * first_b, _NOTHING)
-        tl.store(log_mapped_ptr + offs_b, y_b, mask=offs_b < M)
+    log_u_ptr += b * N
+    row_ptr += b * N
+    y_ptr = work_ptr + b * (3 * 32 * K)
+    mapped_ptr = y_ptr + 32 * K
+    column_ptr = mapped_ptr + 32 * K
+    offs = tl.arange(0, V)
+    held = offs < 32 * K
+    _store_first_columns(column_ptr, cost_ptr, theta_ptr, cost_n, cost_m, theta_n, N, M, scale, R, K)
+    tl.debug_barrier()
+    gamma = tl.load(gamma_ptr + offs * gamma_m, mask=offs < M, other=0.0).to(tl.float32)
+    ok = gamma > 0
+    first = tl.log2(tl.where(ok, gamma, 1.0)) - power_v * tl.load(column_ptr + offs, mask=held, other=0.0)
+    tl.store(y_ptr + offs, tl.where(ok, first, _NOTHING), mask=held)
+    tl.store(mapped_ptr + offs, tl.where(ok, first, _NOTHING), mask=held)
     least = tl.full((), float("inf"), tl.float32)
     last = tl.full((), float("inf"), tl.float32)
     momentum = tl.full((), 1.0, tl.float32)
     fast = tl.full((), 1, tl.int32)
     count = tl.full((), 0, tl.int32)
     while (count < max_iter) & (least >= tol):
-        sum_a = tl.zeros((KA, R, 32), tl.float32)
-        sum_b = tl.zeros((LB, R, 32), tl.float32)
+        tl.debug_barrier()
+        pieces = _pieces(y_ptr, K)
+        sums = _zeros(R, K)
         for start in range(0, N, R):
-            offs_n = start + tl.arange(0, R)
-            n_ok = offs_n < N
-            theta = tl.load(theta_ptr + offs_n * theta_n, mask=n_ok, other=0.0).to(tl.float32)
-            x_a = _exponents(cost_ptr, offs_n, N, cost_n, cost_m, offs_a, M, y_a, scale, FULL_A)
-            most = _row_max(x_a)
-            if BOTH:
-                x_b = _exponents(cost_ptr, offs_n, N, cost_n, cost_m, offs_b, M, y_b, scale, False)
-                most = tl.maximum(most, _row_max(x_b))
-            e_a = tl.exp2(x_a - most[None, :, None])
-            total = _row_sum(e_a)
-            if BOTH:
-                e_b = tl.exp2(x_b - most[None, :, None])
-                total += _row_sum(e_b)
+            offs_n = start + tl.arange(0, R)[:, None]
+            theta = tl.load(theta_ptr + offs_n * theta_n, mask=offs_n < N, other=0.0).to(tl.float32)
+            cost = _tile(cost_ptr, tl.minimum(offs_n, N - 1), cost_n, cost_m, M, K)
+            e, most, total = _exponentials(pieces, cost, scale, K)
             weight = theta / total
             if RELAX_U:
                 weight = tl.where(theta > 0, weight * tl.exp2((1 - power_u) * (most + tl.log2(total))), 0.0)
-            sum_a += weight[None, :, None] * e_a
-            if BOTH:
-                sum_b += weight[None, :, None] * e_b
-        new_a, last_a, residual, against = _mapped(
-            y_a, tl.sum(sum_a, 1), gamma_ptr, gamma_m, log_mapped_ptr, offs_a, M, power_v, over_relax_v, RELAX_V
-        )
-        if BOTH:
-            new_b, last_b, more, also = _mapped(
-                y_b, tl.sum(sum_b, 1), gamma_ptr, gamma_m, log_mapped_ptr, offs_b, M, power_v, over_relax_v, RELAX_V
-            )
-            residual += more
-            against += also
-        ahead = tl.full((), 0.0, tl.float32)
+            sums = _plus_weighted(sums, weight, e, K)
+        _store_columns(column_ptr, sums, K)
+        tl.debug_barrier()
+        gamma = tl.load(gamma_ptr + offs * gamma_m, mask=offs < M, other=0.0).to(tl.float32)
+        ok = gamma > 0
+        log_gamma = tl.log2(tl.where(ok, gamma, 1.0))
+        column = tl.load(column_ptr + offs, mask=held, other=0.0)
+        y = tl.load(y_ptr + offs, mask=held, other=_NOTHING)
+        mapped = tl.load(mapped_ptr + offs, mask=held, other=_NOTHING)
+        target = gamma
+        if RELAX_V:
+            target = gamma * tl.exp2(-over_relax_v * (y - log_gamma))
+        residual = tl.sum(tl.where(ok, tl.abs(column - target), 0.0), 0)
+        new = (1 - power_v) * log_gamma + power_v * (y + log_gamma - tl.log2(tl.maximum(column, _TINY)))
+        new = tl.where(ok, new, _NOTHING)
+        following = new
         kept = M
         if ACCELERATE:
             better = residual < least
             kept = tl.where(better, M, 0)
+            least = tl.where(better, residual, least)
             ratio = residual / last
             fast = tl.where(ratio > 1, 1, tl.where(ratio > _SLOW, 0, fast))
-            momentum = tl.where((fast == 1) | (against > 0), 1.0, momentum)
-            following = (1 + tl.sqrt(1 + 4 * momentum * momentum)) / 2
-            ahead = tl.where(fast == 1, 0.0, (momentum - 1) / following)
-            last, momentum = residual, following
-            least = tl.where(better, residual, least)
+            against = tl.sum((y - new) * (new - mapped) * gamma, 0) > 0
+            momentum = tl.where((fast == 1) | against, 1.0, momentum)
+            next_momentum = (1 + tl.sqrt(1 + 4 * momentum * momentum)) / 2
+            following = new + tl.where(fast == 1, 0.0, (momentum - 1) / next_momentum) * (new - mapped)
+            last, momentum = residual, next_momentum
         else:
             least = residual
-        tl.debug_barrier()  # all warps have read what the last iteration left
-        tl.store(log_v_ptr + offs_a, tl.where(ok_a, y_a * _LN2, _NO), mask=offs_a < kept)
-        tl.store(log_mapped_ptr + offs_a, new_a, mask=offs_a < M)
-        y_a = new_a + ahead * (new_a - last_a)
-        if BOTH:
-            tl.store(log_v_ptr + offs_b, tl.where(ok_b, y_b * _LN2, _NO), mask=offs_b < kept)
-            tl.store(log_mapped_ptr + offs_b, new_b, mask=offs_b < M)
-            y_b = new_b + ahead * (new_b - last_b)
+        tl.store(log_v_ptr + b * M + offs, tl.where(ok, y * _LN2, _NO), mask=offs < kept)
+        tl.store(mapped_ptr + offs, new, mask=held)
+        tl.store(y_ptr + offs, following, mask=held)
         count += 1
-    tl.debug_barrier()
-    best_a = tl.load(log_v_ptr + offs_a, mask=ok_a, other=_NOTHING) * _LOG2E
-    best_b = tl.load(log_v_ptr + offs_b, mask=ok_b, other=_NOTHING) * _LOG2E
     tl.store(residual_ptr + b, least)
     tl.store(num_iter_ptr + b, count)
-    score_a = tl.zeros((KA, R, 32), tl.float32)
-    score_b = tl.zeros((LB, R, 32), tl.float32)
+    tl.store(y_ptr + offs, tl.load(log_v_ptr + b * M + offs, mask=ok, other=_NOTHING) * _LOG2E, mask=held)
+    tl.debug_barrier()
+    pieces = _pieces(y_ptr, K)
+    sums = _zeros(R, K)
     for start in range(0, N, R):
-        offs_n = start + tl.arange(0, R)
+        offs_n = start + tl.arange(0, R)[:, None]
         n_ok = offs_n < N
         theta = tl.load(theta_ptr + offs_n * theta_n, mask=n_ok, other=0.0).to(tl.float32)
-        x_a = _exponents(cost_ptr, offs_n, N, cost_n, cost_m, offs_a, M, best_a, scale, FULL_A)
-        most = _row_max(x_a)
-        if BOTH:
-            x_b = _exponents(cost_ptr, offs_n, N, cost_n, cost_m, offs_b, M, best_b, scale, False)
-            most = tl.maximum(most, _row_max(x_b))
-        e_a = tl.exp2(x_a - most[None, :, None])
-        total = _row_sum(e_a)
-        if BOTH:
-            e_b = tl.exp2(x_b - most[None, :, None])
-            total += _row_sum(e_b)
+        cost = _tile(cost_ptr, tl.minimum(offs_n, N - 1), cost_n, cost_m, M, K)
+        e, most, total = _exponentials(pieces, cost, scale, K)
         row = most + tl.log2(total)
         weight = theta / total
         if RELAX_U:
             weight = tl.where(theta > 0, weight * tl.exp2((1 - power_u) * row), 0.0)
         log_u = tl.where(theta > 0, (tl.log2(tl.where(theta > 0, theta, 1.0)) - power_u * row) * _LN2, _NO)
-        tl.store(log_u_ptr + b * N + offs_n, log_u, mask=n_ok)
-        tl.store(row_ptr + b * N + offs_n, row, mask=n_ok)
-        plan_a = weight[None, :, None] * e_a
+        tl.store(log_u_ptr + offs_n, log_u, mask=n_ok)
+        tl.store(row_ptr + offs_n, row, mask=n_ok)
+        plan = ()
+        for j in tl.static_range(K):
+            plan = plan + (weight * e[j] * (1 - cost[j]) if SCORE else weight * e[j],)
         if SCORE:
-            score_a += tl.where(ok_a[:, None, :], plan_a * (1 - (best_a[:, None, :] - x_a) / scale), 0.0)
+            sums = _plus_weighted(sums, 1.0, plan, K)
         else:
-            _store(plan_ptr + b * N * M, offs_n, n_ok, offs_a, M, plan_a)
-        if BOTH:
-            plan_b = weight[None, :, None] * e_b
-            if SCORE:
-                score_b += tl.where(ok_b[:, None, :], plan_b * (1 - (best_b[:, None, :] - x_b) / scale), 0.0)
-            else:
-                _store(plan_ptr + b * N * M, offs_n, n_ok, offs_b, M, plan_b)
+            _store_tile(value_ptr + b * N * M, offs_n, n_ok, plan, M, K)
     if SCORE:
-        tl.store(score_ptr + b * M + offs_a, tl.sum(score_a, 1), mask=offs_a < M)
-        if BOTH:
-            tl.store(score_ptr + b * M + offs_b, tl.sum(score_b, 1), mask=offs_b < M)
+        for j in tl.static_range(K):
+            columns = j * 32 + tl.arange(0, 32)[None, :]
+            tl.store(value_ptr + b * M + columns, tl.sum(sums[j], 0, keep_dims=True), mask=columns < M)
 
 
 @triton.jit
 def _patches(theta_ptr, log_u_ptr, row_ptr, start, N, theta_n, R: tl.constexpr, RELAX_U: tl.constexpr):
-    """(R,) indices, which are there, log2 sums of the rows, and masses of the plan's rows."""
-    offs_n = start + tl.arange(0, R)
-    n_ok = offs_n < N
-    row = tl.load(row_ptr + tl.minimum(offs_n, N - 1))
+    """(R, 1) rows to read, which are there, log2 sums of the rows, and masses of the plan's rows."""
+    offs_n = start + tl.arange(0, R)[:, None]
+    n_ok, rows = offs_n < N, tl.minimum(offs_n, N - 1)
+    row = tl.load(row_ptr + rows)
     if RELAX_U:
         mass = tl.exp2(tl.load(log_u_ptr + offs_n, mask=n_ok, other=_NO) * _LOG2E + row)
     else:
         mass = tl.load(theta_ptr + offs_n * theta_n, mask=n_ok, other=0.0).to(tl.float32)
-    return offs_n, n_ok, row, mass
+    return rows, n_ok, row, mass
 
 
 @triton.jit
-def _soft(cost, v, row, scale):
-    """(K, R, 32) S, the plan's rows as shares."""
-    return tl.exp2(v[:, None, :] - cost * scale - row[None, :, None])
+def _shares(v, cost, row, scale, K: tl.constexpr):
+    """K pieces of S, the plan's rows as shares."""
+    s = ()
+    for j in tl.static_range(K):
+        s = s + (tl.exp2(v[j] - cost[j] * scale - row),)
+    return s
 
 
 @triton.jit
-def _gradient(ptr, offs_n, N, stride_n, stride_m, offs_m, M, cost, FULL: tl.constexpr, SCORE: tl.constexpr):
-    """(K, R, 32) gradient of the plan; of scores, (1 - C_ij) times that of score j (which has no stride over patches)."""
-    gradient = _cost(ptr, offs_n, N, stride_n, stride_m, offs_m, M, FULL)
-    if SCORE:
-        gradient *= 1 - cost
-    return gradient
+def _gradient(ptr, rows, stride_n, stride_m, M, cost, K: tl.constexpr, SCORE: tl.constexpr):
+    """K pieces of the plan's gradient; of scores, (1 - C_ij) times that of score j, which has no stride over patches."""
+    gradient = _tile(ptr, rows, stride_n, stride_m, M, K)
+    result = ()
+    for j in tl.static_range(K):
+        result = result + (gradient[j] * (1 - cost[j]) if SCORE else gradient[j],)
+    return result
 
 
 @triton.jit
-def _begun(work_ptr, column, right, offs, M):
-    """Write the start of a block's conjugate gradients; its share of the squared residual."""
-    scale = tl.where(column > 0, tl.rsqrt(tl.maximum(column, _TINY)), 0.0)
-    rest = scale * right
-    tl.store(work_ptr + offs, scale, mask=offs < M)
-    tl.store(work_ptr + M + offs, tl.zeros_like(rest), mask=offs < M)
-    tl.store(work_ptr + 2 * M + offs, rest, mask=offs < M)
-    tl.store(work_ptr + 3 * M + offs, rest, mask=offs < M)
-    return _total(rest * rest)
-
-
-@triton.jit
-def _curved(work_ptr, image, offs, M, power_u, power_v):
-    """The matrix times the direction, and a block's shares of the direction's curvature and squared length."""
-    to = tl.load(work_ptr + 3 * M + offs, mask=offs < M, other=0.0)
-    full = to / power_v - power_u * tl.load(work_ptr + offs, mask=offs < M, other=0.0) * image
-    return full, _total(to * full), _total(to * to)
-
-
-@triton.jit
-def _rest(work_ptr, full, step, offs, M):
-    """The residual after a step, and a block's share of its square."""
-    rest = tl.load(work_ptr + 2 * M + offs, mask=offs < M, other=0.0) - step * full
-    return rest, _total(rest * rest)
-
-
-@triton.jit
-def _advance(work_ptr, rest, step, turn, offs, M):
-    """Write a block's solution, residual and direction. All warps have read them, and each writes the same."""
-    to = tl.load(work_ptr + 3 * M + offs, mask=offs < M, other=0.0)
-    solved = tl.load(work_ptr + M + offs, mask=offs < M, other=0.0) + step * to
-    tl.debug_barrier()
-    tl.store(work_ptr + M + offs, solved, mask=offs < M)
-    tl.store(work_ptr + 2 * M + offs, rest, mask=offs < M)
-    tl.store(work_ptr + 3 * M + offs, rest + turn * to, mask=offs < M)
-
-
-@triton.jit
-def _over_gamma(work_ptr, gamma, offs, M):
-    """A column's sum over its mass."""
-    scale = tl.load(work_ptr + offs, mask=offs < M, other=0.0)
-    return tl.where((scale > 0) & (gamma > 0), 1 / tl.where(scale > 0, scale * scale, 1.0) / tl.where(gamma > 0, gamma, 1.0), 0.0)
+def _times(tile, other, K: tl.constexpr):
+    result = ()
+    for j in tl.static_range(K):
+        result = result + (tile[j] * other[j],)
+    return result
 
 
 @triton.jit(do_not_specialize=[*_STRIDES, "grad_b", "grad_n"])
@@ -382,9 +348,8 @@ def backward_kernel(
     power_u,
     power_v,
     R: tl.constexpr,
-    KA: tl.constexpr,
-    KB: tl.constexpr,
-    FULL_A: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
     RELAX_U: tl.constexpr,
     RELAX_V: tl.constexpr,
     SCORE: tl.constexpr,
@@ -397,98 +362,88 @@ def backward_kernel(
     log_u_ptr += b * N
     row_ptr += b * N
     d_theta_ptr += b * N
-    BOTH: tl.constexpr = KB > 0
-    LB: tl.constexpr = KB if KB > 0 else 1  # an array cannot be empty
-    offs_a, gamma_a, ok_a = _concepts(gamma_ptr + b * gamma_b, gamma_m, 0, M, KA)
-    offs_b, gamma_c, ok_b = _concepts(gamma_ptr + b * gamma_b, gamma_m, KA * 32, M, LB)
-    v_a = tl.load(log_v_ptr + b * M + offs_a, mask=ok_a, other=_NOTHING) * _LOG2E
-    v_b = tl.load(log_v_ptr + b * M + offs_b, mask=ok_b, other=_NOTHING) * _LOG2E
-    column_a, column_b = tl.zeros((KA, R, 32), tl.float32), tl.zeros((LB, R, 32), tl.float32)
-    right_a, right_b = tl.zeros((KA, R, 32), tl.float32), tl.zeros((LB, R, 32), tl.float32)
+    v_ptr = work_ptr + b * (6 * 32 * K)
+    image_ptr = v_ptr + 32 * K
+    scaled_ptr = image_ptr + 32 * K  # what a tile is multiplied by
+    solved_ptr = scaled_ptr + 32 * K
+    rest_ptr = solved_ptr + 32 * K
+    to_ptr = rest_ptr + 32 * K
+    offs = tl.arange(0, V)
+    held = offs < 32 * K
+    gamma = tl.load(gamma_ptr + b * gamma_b + offs * gamma_m, mask=offs < M, other=0.0).to(tl.float32)
+    ok = gamma > 0
+    tl.store(v_ptr + offs, tl.load(log_v_ptr + b * M + offs, mask=ok, other=_NOTHING) * _LOG2E, mask=held)
+    tl.debug_barrier()
+    v = _pieces(v_ptr, K)
+    columns, right = _zeros(R, K), _zeros(R, K)
     for start in range(0, N, R):
-        offs_n, n_ok, row, mass = _patches(theta_ptr, log_u_ptr, row_ptr, start, N, theta_n, R, RELAX_U)
-        cost_a = _cost(cost_ptr, offs_n, N, cost_n, cost_m, offs_a, M, FULL_A)
-        s_a = _soft(cost_a, v_a, row, scale)
-        w_a = s_a * _gradient(grad_ptr, offs_n, N, grad_n, grad_m, offs_a, M, cost_a, FULL_A, SCORE)
-        mean = _row_sum(w_a)
-        if BOTH:
-            cost_c = _cost(cost_ptr, offs_n, N, cost_n, cost_m, offs_b, M, False)
-            s_b = _soft(cost_c, v_b, row, scale)
-            w_b = s_b * _gradient(grad_ptr, offs_n, N, grad_n, grad_m, offs_b, M, cost_c, False, SCORE)
-            mean += _row_sum(w_b)
-            column_b += mass[None, :, None] * s_b
-            right_b += mass[None, :, None] * (w_b - power_u * mean[None, :, None] * s_b)
-        column_a += mass[None, :, None] * s_a
-        right_a += mass[None, :, None] * (w_a - power_u * mean[None, :, None] * s_a)
-        tl.store(d_theta_ptr + offs_n, mean, mask=n_ok)
-    # Of a block: scale, solved, rest and direction, one after the other.
-    work_ptr += b * 4 * M
-    square = _begun(work_ptr, tl.sum(column_a, 1), tl.sum(right_a, 1), offs_a, M)
-    if BOTH:
-        square += _begun(work_ptr, tl.sum(column_b, 1), tl.sum(right_b, 1), offs_b, M)
+        rows, n_ok, row, mass = _patches(theta_ptr, log_u_ptr, row_ptr, start, N, theta_n, R, RELAX_U)
+        cost = _tile(cost_ptr, rows, cost_n, cost_m, M, K)
+        s = _shares(v, cost, row, scale, K)
+        w = _times(s, _gradient(grad_ptr, rows, grad_n, grad_m, M, cost, K, SCORE), K)
+        mean = _sum_rows(w, K)
+        columns = _plus_weighted(columns, mass, s, K)
+        right = _plus_weighted(_plus_weighted(right, mass, w, K), -power_u * mean * mass, s, K)
+        tl.store(d_theta_ptr + rows, mean, mask=n_ok)
+    _store_columns(scaled_ptr, columns, K)
+    _store_columns(image_ptr, right, K)
+    tl.debug_barrier()
+    column = tl.load(scaled_ptr + offs, mask=held, other=0.0)
+    scaling = tl.where(column > 0, tl.rsqrt(tl.maximum(column, _TINY)), 0.0)
+    rest = scaling * tl.load(image_ptr + offs, mask=held, other=0.0)
+    square = tl.sum(rest * rest, 0)
     enough = square * tolerance * tolerance
+    tl.store(scaled_ptr + offs, scaling * rest, mask=held)
+    tl.store(rest_ptr + offs, rest, mask=held)
+    tl.store(to_ptr + offs, rest, mask=held)
+    tl.store(solved_ptr + offs, tl.zeros((V,), tl.float32), mask=held)
     count = tl.full((), 0, tl.int32)
     while (count < max_steps) & (square > enough):
         tl.debug_barrier()
-        d_a = tl.load(work_ptr + offs_a, mask=offs_a < M, other=0.0) * tl.load(work_ptr + 3 * M + offs_a, mask=offs_a < M, other=0.0)
-        d_b = tl.load(work_ptr + offs_b, mask=offs_b < M, other=0.0) * tl.load(work_ptr + 3 * M + offs_b, mask=offs_b < M, other=0.0)
-        image_a, image_b = tl.zeros((KA, R, 32), tl.float32), tl.zeros((LB, R, 32), tl.float32)
+        direction = _pieces(scaled_ptr, K)
+        image = _zeros(R, K)
         for start in range(0, N, R):
-            offs_n, n_ok, row, mass = _patches(theta_ptr, log_u_ptr, row_ptr, start, N, theta_n, R, RELAX_U)
-            s_a = _soft(_cost(cost_ptr, offs_n, N, cost_n, cost_m, offs_a, M, FULL_A), v_a, row, scale)
-            inner = _row_sum(s_a * d_a[:, None, :])
-            if BOTH:
-                s_b = _soft(_cost(cost_ptr, offs_n, N, cost_n, cost_m, offs_b, M, False), v_b, row, scale)
-                inner += _row_sum(s_b * d_b[:, None, :])
-                image_b += (mass * inner)[None, :, None] * s_b
-            image_a += (mass * inner)[None, :, None] * s_a
-        full_a, curvature, length_of = _curved(work_ptr, tl.sum(image_a, 1), offs_a, M, power_u, power_v)
-        if BOTH:
-            full_b, more, also = _curved(work_ptr, tl.sum(image_b, 1), offs_b, M, power_u, power_v)
-            curvature += more
-            length_of += also
-        bent = curvature > length_of * _FLAT
-        step = tl.where(bent, square / tl.where(bent, curvature, 1.0), 0.0)
-        rest_a, new = _rest(work_ptr, full_a, step, offs_a, M)
-        if BOTH:
-            rest_b, more = _rest(work_ptr, full_b, step, offs_b, M)
-            new += more
+            rows, n_ok, row, mass = _patches(theta_ptr, log_u_ptr, row_ptr, start, N, theta_n, R, RELAX_U)
+            s = _shares(v, _tile(cost_ptr, rows, cost_n, cost_m, M, K), row, scale, K)
+            image = _plus_weighted(image, mass * _sum_rows(_times(s, direction, K), K), s, K)
+        _store_columns(image_ptr, image, K)
         tl.debug_barrier()
-        _advance(work_ptr, rest_a, step, new / square, offs_a, M)
-        if BOTH:
-            _advance(work_ptr, rest_b, step, new / square, offs_b, M)
+        to = tl.load(to_ptr + offs, mask=held, other=0.0)
+        rest = tl.load(rest_ptr + offs, mask=held, other=0.0)
+        full = to / power_v - power_u * scaling * tl.load(image_ptr + offs, mask=held, other=0.0)
+        curvature = tl.sum(to * full, 0)
+        bent = curvature > tl.sum(to * to, 0) * _FLAT
+        step = tl.where(bent, square / tl.where(bent, curvature, 1.0), 0.0)
+        rest -= step * full
+        new = tl.sum(rest * rest, 0)
+        tl.store(solved_ptr + offs, tl.load(solved_ptr + offs, mask=held, other=0.0) + step * to, mask=held)
+        to = rest + new / square * to
+        tl.store(rest_ptr + offs, rest, mask=held)
+        tl.store(to_ptr + offs, to, mask=held)
+        tl.store(scaled_ptr + offs, scaling * to, mask=held)
         square = tl.where(bent, new, 0.0)
         count += 1
+    y = scaling * tl.load(solved_ptr + offs, mask=held, other=0.0)
+    tl.store(scaled_ptr + offs, y, mask=held)
+    if RELAX_V:
+        y *= column / (power_v * tl.where(ok, gamma, 1.0))
+    tl.store(d_gamma_ptr + b * M + offs, tl.where(ok, y, 0.0), mask=offs < M)
     tl.debug_barrier()
-    y_a = tl.load(work_ptr + offs_a, mask=offs_a < M, other=0.0) * tl.load(work_ptr + M + offs_a, mask=offs_a < M, other=0.0)
-    y_b = tl.load(work_ptr + offs_b, mask=offs_b < M, other=0.0) * tl.load(work_ptr + M + offs_b, mask=offs_b < M, other=0.0)
+    shift = _pieces(scaled_ptr, K)
     for start in range(0, N, R):
-        offs_n, n_ok, row, mass = _patches(theta_ptr, log_u_ptr, row_ptr, start, N, theta_n, R, RELAX_U)
-        theta = tl.load(theta_ptr + offs_n * theta_n, mask=n_ok, other=0.0)
-        cost_a = _cost(cost_ptr, offs_n, N, cost_n, cost_m, offs_a, M, FULL_A)
-        s_a = _soft(cost_a, v_a, row, scale)
-        inner = tl.load(d_theta_ptr + offs_n, mask=n_ok, other=0.0) - _row_sum(s_a * y_a[:, None, :])
-        if BOTH:
-            cost_c = _cost(cost_ptr, offs_n, N, cost_n, cost_m, offs_b, M, False)
-            s_b = _soft(cost_c, v_b, row, scale)
-            inner -= _row_sum(s_b * y_b[:, None, :])
-        g_a = _gradient(grad_ptr, offs_n, N, grad_n, grad_m, offs_a, M, cost_a, FULL_A, SCORE)
-        out_a = -inverse_eps * (g_a - power_u * inner[None, :, None] - y_a[:, None, :])
+        rows, n_ok, row, mass = _patches(theta_ptr, log_u_ptr, row_ptr, start, N, theta_n, R, RELAX_U)
+        theta = tl.load(theta_ptr + rows * theta_n).to(tl.float32)
+        cost = _tile(cost_ptr, rows, cost_n, cost_m, M, K)
+        s = _shares(v, cost, row, scale, K)
+        inner = tl.load(d_theta_ptr + rows) - _sum_rows(_times(s, shift, K), K)
+        gradient = _gradient(grad_ptr, rows, grad_n, grad_m, M, cost, K, SCORE)
+        out = ()
+        for j in tl.static_range(K):
+            out = out + (mass * s[j] * (power_u * inner + shift[j] - gradient[j]) * inverse_eps,)
         if SCORE:  # the cost is also what is summed
-            out_a -= tl.load(grad_ptr + offs_a * grad_m, mask=ok_a, other=0.0)[:, None, :]
-        _store(d_cost_ptr + b * N * M, offs_n, n_ok, offs_a, M, mass[None, :, None] * s_a * out_a)
-        if BOTH:
-            g_b = _gradient(grad_ptr, offs_n, N, grad_n, grad_m, offs_b, M, cost_c, False, SCORE)
-            out_b = -inverse_eps * (g_b - power_u * inner[None, :, None] - y_b[:, None, :])
-            if SCORE:
-                out_b -= tl.load(grad_ptr + offs_b * grad_m, mask=ok_b, other=0.0)[:, None, :]
-            _store(d_cost_ptr + b * N * M, offs_n, n_ok, offs_b, M, mass[None, :, None] * s_b * out_b)
+            direct = _tile(grad_ptr, rows, grad_n, grad_m, M, K)
+            out = _plus_weighted(out, -mass, _times(s, direct, K), K)
+        _store_tile(d_cost_ptr + b * N * M, rows, n_ok, out, M, K)
         if RELAX_U:
             inner *= tl.exp2((1 - power_u) * row)
-        tl.store(d_theta_ptr + offs_n, tl.where(theta > 0, inner, 0.0), mask=n_ok)
-    if RELAX_V:  # scale is one over the root of the column's sum
-        y_a *= _over_gamma(work_ptr, gamma_a, offs_a, M) / power_v
-        y_b *= _over_gamma(work_ptr, gamma_c, offs_b, M) / power_v
-    tl.store(d_gamma_ptr + b * M + offs_a, tl.where(ok_a, y_a, 0.0), mask=offs_a < M)
-    if BOTH:
-        tl.store(d_gamma_ptr + b * M + offs_b, tl.where(ok_b, y_b, 0.0), mask=offs_b < M)
+        tl.store(d_theta_ptr + rows, tl.where(theta > 0, inner, 0.0), mask=n_ok)
