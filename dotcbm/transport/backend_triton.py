@@ -71,7 +71,7 @@ def scores_triton(
 def _tiles(num_concepts: int) -> dict[str, int]:
     """Shape of a tile and the warps that share it, by measurement (reports/benchmarks)."""
     pieces = -(-num_concepts // 32)
-    num_warps = 8
+    num_warps = 16
     rows = 2 * num_warps if pieces <= 4 else num_warps
     return {"R": rows, "K": pieces, "V": 1 << (32 * pieces - 1).bit_length(), "num_warps": num_warps}
 
@@ -211,12 +211,11 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 class _Eager(torch.autograd.Function):
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return _forward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        # Not `setup_context`, before which torch inspects the signature at every call.
+        output = _forward(*inputs)
         _remember(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -36,10 +36,10 @@ _STRIDES = ["M", "cost_b", "cost_n", "theta_b", "gamma_b"]
 
 
 @triton.jit
-def _tile(ptr, rows, stride_n, stride_m, M, K: tl.constexpr):
-    """K pieces (R, 32), 0 beyond the last concept."""
+def _tile(ptr, rows, stride_n, stride_m, M, K: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """Pieces FIRST to LAST of K, each (R, 32), 0 beyond the last concept."""
     tile = ()
-    for j in tl.static_range(K):
+    for j in tl.static_range(FIRST, LAST):
         columns = j * 32 + tl.arange(0, 32)[None, :]
         if j < K - 1:
             piece = tl.load(ptr + rows * stride_n + columns * stride_m)
@@ -115,24 +115,42 @@ def _store_tile(ptr, rows, n_ok, tile, M, K: tl.constexpr):
 
 
 @triton.jit
-def _store_first_columns(ptr, cost_ptr, theta_ptr, cost_n, cost_m, theta_n, N, M, scale, R: tl.constexpr, K: tl.constexpr):
-    """Write log2 sum_i theta_i 2^(-C_ij scale)."""
-    for j in range(K):
-        columns = j * 32 + tl.arange(0, 32)[None, :]
-        most = tl.full((R, 32), _NOTHING, tl.float32)
-        total = tl.zeros((R, 32), tl.float32)
-        for start in range(0, N, R):
-            offs_n = start + tl.arange(0, R)[:, None]
-            theta = tl.load(theta_ptr + offs_n * theta_n, mask=offs_n < N, other=0.0).to(tl.float32)
-            log_theta = tl.where(theta > 0, tl.log2(tl.where(theta > 0, theta, 1.0)), _NOTHING)
-            cost = tl.load(cost_ptr + tl.minimum(offs_n, N - 1) * cost_n + columns * cost_m, mask=columns < M, other=0.0)
-            x = log_theta - cost.to(tl.float32) * scale
-            new = tl.maximum(most, x)
-            total = total * tl.exp2(most - new) + tl.exp2(x - new)
-            most = new
-        top = tl.max(most, 0, keep_dims=True)
-        total = tl.sum(total * tl.exp2(most - top), 0, keep_dims=True)
-        tl.store(ptr + columns, tl.log2(tl.maximum(total, _TINY)) + top)
+def _store_first_columns(
+    ptr,
+    cost_ptr,
+    theta_ptr,
+    cost_n,
+    cost_m,
+    theta_n,
+    N,
+    M,
+    scale,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """Write log2 sum_i theta_i 2^(-C_ij scale) for pieces FIRST to LAST."""
+    most, total = (), ()
+    for _ in tl.static_range(FIRST, LAST):
+        most = most + (tl.full((R, 32), _NOTHING, tl.float32),)
+        total = total + (tl.zeros((R, 32), tl.float32),)
+    for start in range(0, N, R):
+        offs_n = start + tl.arange(0, R)[:, None]
+        theta = tl.load(theta_ptr + offs_n * theta_n, mask=offs_n < N, other=0.0).to(tl.float32)
+        log_theta = tl.where(theta > 0, tl.log2(tl.where(theta > 0, theta, 1.0)), _NOTHING)
+        cost = _tile(cost_ptr, tl.minimum(offs_n, N - 1), cost_n, cost_m, M, K, FIRST, LAST)
+        new_most, new_total = (), ()
+        for j in tl.static_range(LAST - FIRST):
+            x = log_theta - cost[j] * scale
+            new = tl.maximum(most[j], x)
+            new_most = new_most + (new,)
+            new_total = new_total + (total[j] * tl.exp2(most[j] - new) + tl.exp2(x - new),)
+        most, total = new_most, new_total
+    for j in tl.static_range(LAST - FIRST):
+        top = tl.max(most[j], 0, keep_dims=True)
+        column = tl.sum(total[j] * tl.exp2(most[j] - top), 0, keep_dims=True)
+        tl.store(ptr + (FIRST + j) * 32 + tl.arange(0, 32)[None, :], tl.log2(tl.maximum(column, _TINY)) + top)
 
 
 @triton.jit(do_not_specialize=_STRIDES)
@@ -186,7 +204,11 @@ def forward_kernel(
     column_ptr = mapped_ptr + 32 * K
     offs = tl.arange(0, V)
     held = offs < 32 * K
-    _store_first_columns(column_ptr, cost_ptr, theta_ptr, cost_n, cost_m, theta_n, N, M, scale, R, K)
+    # In halves where there are many: what a column needs on the way would not fit into registers.
+    HALF: tl.constexpr = K if K <= 16 else (K + 1) // 2
+    _store_first_columns(column_ptr, cost_ptr, theta_ptr, cost_n, cost_m, theta_n, N, M, scale, R, K, 0, HALF)
+    if HALF < K:
+        _store_first_columns(column_ptr, cost_ptr, theta_ptr, cost_n, cost_m, theta_n, N, M, scale, R, K, HALF, K)
     tl.debug_barrier()
     gamma = tl.load(gamma_ptr + offs * gamma_m, mask=offs < M, other=0.0).to(tl.float32)
     ok = gamma > 0
@@ -205,7 +227,7 @@ def forward_kernel(
         for start in range(0, N, R):
             offs_n = start + tl.arange(0, R)[:, None]
             theta = tl.load(theta_ptr + offs_n * theta_n, mask=offs_n < N, other=0.0).to(tl.float32)
-            cost = _tile(cost_ptr, tl.minimum(offs_n, N - 1), cost_n, cost_m, M, K)
+            cost = _tile(cost_ptr, tl.minimum(offs_n, N - 1), cost_n, cost_m, M, K, 0, K)
             e, most, total = _exponentials(pieces, cost, scale, K)
             weight = theta / total
             if RELAX_U:
@@ -254,7 +276,7 @@ def forward_kernel(
         offs_n = start + tl.arange(0, R)[:, None]
         n_ok = offs_n < N
         theta = tl.load(theta_ptr + offs_n * theta_n, mask=n_ok, other=0.0).to(tl.float32)
-        cost = _tile(cost_ptr, tl.minimum(offs_n, N - 1), cost_n, cost_m, M, K)
+        cost = _tile(cost_ptr, tl.minimum(offs_n, N - 1), cost_n, cost_m, M, K, 0, K)
         e, most, total = _exponentials(pieces, cost, scale, K)
         row = most + tl.log2(total)
         weight = theta / total
@@ -301,7 +323,7 @@ def _shares(v, cost, row, scale, K: tl.constexpr):
 @triton.jit
 def _gradient(ptr, rows, stride_n, stride_m, M, cost, K: tl.constexpr, SCORE: tl.constexpr):
     """K pieces of the plan's gradient; of scores, (1 - C_ij) times that of score j, which has no stride over patches."""
-    gradient = _tile(ptr, rows, stride_n, stride_m, M, K)
+    gradient = _tile(ptr, rows, stride_n, stride_m, M, K, 0, K)
     result = ()
     for j in tl.static_range(K):
         result = result + (gradient[j] * (1 - cost[j]) if SCORE else gradient[j],)
@@ -378,7 +400,7 @@ def backward_kernel(
     columns, right = _zeros(R, K), _zeros(R, K)
     for start in range(0, N, R):
         rows, n_ok, row, mass = _patches(theta_ptr, log_u_ptr, row_ptr, start, N, theta_n, R, RELAX_U)
-        cost = _tile(cost_ptr, rows, cost_n, cost_m, M, K)
+        cost = _tile(cost_ptr, rows, cost_n, cost_m, M, K, 0, K)
         s = _shares(v, cost, row, scale, K)
         w = _times(s, _gradient(grad_ptr, rows, grad_n, grad_m, M, cost, K, SCORE), K)
         mean = _sum_rows(w, K)
@@ -404,7 +426,7 @@ def backward_kernel(
         image = _zeros(R, K)
         for start in range(0, N, R):
             rows, n_ok, row, mass = _patches(theta_ptr, log_u_ptr, row_ptr, start, N, theta_n, R, RELAX_U)
-            s = _shares(v, _tile(cost_ptr, rows, cost_n, cost_m, M, K), row, scale, K)
+            s = _shares(v, _tile(cost_ptr, rows, cost_n, cost_m, M, K, 0, K), row, scale, K)
             image = _plus_weighted(image, mass * _sum_rows(_times(s, direction, K), K), s, K)
         _store_columns(image_ptr, image, K)
         tl.debug_barrier()
@@ -433,7 +455,7 @@ def backward_kernel(
     for start in range(0, N, R):
         rows, n_ok, row, mass = _patches(theta_ptr, log_u_ptr, row_ptr, start, N, theta_n, R, RELAX_U)
         theta = tl.load(theta_ptr + rows * theta_n).to(tl.float32)
-        cost = _tile(cost_ptr, rows, cost_n, cost_m, M, K)
+        cost = _tile(cost_ptr, rows, cost_n, cost_m, M, K, 0, K)
         s = _shares(v, cost, row, scale, K)
         inner = tl.load(d_theta_ptr + rows) - _sum_rows(_times(s, shift, K), K)
         gradient = _gradient(grad_ptr, rows, grad_n, grad_m, M, cost, K, SCORE)
@@ -441,7 +463,7 @@ def backward_kernel(
         for j in tl.static_range(K):
             out = out + (mass * s[j] * (power_u * inner + shift[j] - gradient[j]) * inverse_eps,)
         if SCORE:  # the cost is also what is summed
-            direct = _tile(grad_ptr, rows, grad_n, grad_m, M, K)
+            direct = _tile(grad_ptr, rows, grad_n, grad_m, M, K, 0, K)
             out = _plus_weighted(out, -mass, _times(s, direct, K), K)
         _store_tile(d_cost_ptr + b * N * M, rows, n_ok, out, M, K)
         if RELAX_U:
