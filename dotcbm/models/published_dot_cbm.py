@@ -34,6 +34,8 @@ from dotcbm.transport.sinkhorn import Solver, sinkhorn
 
 __all__ = ["PublishedDotCBM"]
 
+_TOLERANCE = 1e-4  # of the concepts' marginal, L1
+
 
 def _gamma(problem: Problem, kind: ConceptPrior, *, temperature: float) -> Tensor:
     return concept_prior(kind, problem.concepts, temperature=temperature)
@@ -58,7 +60,7 @@ class PublishedDotCBM(Bottleneck):
         null_concept: float = 0.5,
         eps: float = 0.1,
         iterations: int = 30,
-        solver: Solver = "torch",
+        solver: Solver = "auto",
         readout: ReadoutKind = "value",
         readout_scale: float = 10.0,
         readout_bias: BiasStart = "zero",
@@ -75,8 +77,8 @@ class PublishedDotCBM(Bottleneck):
         concept_temperature: Of gamma's softmax.
         null_concept: Share of the patches' mass that need not go to any concept, in [0, 1).
         eps: Entropy of the plan, on costs in [0, 2].
-        iterations: Sinkhorn passes. A fixed count, so that training, export and every batch size do the same arithmetic;
-            the residual it leaves is in the output.
+        iterations: Most Sinkhorn iterations; each picture stops on its own, whatever is beside it, and the residual is in the output.
+            An exported program makes all of them.
         solver: See `sinkhorn`.
         readout: See `dotcbm.models.readout`.
         readout_scale: Of the cosine readout's alpha at the start.
@@ -163,7 +165,7 @@ class PublishedDotCBM(Bottleneck):
             gamma,
             eps=self.eps,
             max_iter=self.iterations,
-            tol=None,
+            tol=_TOLERANCE,
             solver=self.solver,
             check=False,
         )

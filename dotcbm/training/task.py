@@ -285,13 +285,16 @@ class ConceptTask(LightningModule):
             NonFiniteError: It is NaN or infinite.
         """
         del batch_idx
-        terms = self.losses(self.model.forward_batch(batch), batch)
+        output = self.model.forward_batch(batch)
+        terms = self.losses(output, batch)
         check_losses(terms, epoch=self.current_epoch, step=self.global_step, names=batch.names, checkpoint=self._last_checkpoint())
         loss = torch.stack([self.loss_weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         size = len(batch)
         self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         for name, term in terms.items():
             self.log(f"train/{name}_loss", term, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        if output.residual_B is not None:
+            self.log("train/transport_residual", output.residual_B.mean(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return loss
 
     def losses(self, output: ConceptOutput, batch: ConceptBatch) -> dict[str, Tensor]:

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,10 +26,12 @@ from dotcbm.transport.implicit import attach_gradient
 from dotcbm.transport.plan import TransportPlan, safe_log
 from dotcbm.transport.unrolled import solve_unrolled
 
-__all__ = ["Gradient", "Solver", "TransportPlan", "sinkhorn"]
+__all__ = ["Gradient", "Solver", "TransportPlan", "concept_scores", "sinkhorn"]
 
 Solver = Literal["auto", "torch", "triton", "pot"]
 Gradient = Literal["implicit", "unroll"]
+
+_HAS_TRITON = find_spec("triton") is not None
 
 # Residual from which on the implicit formula is not trusted; at it gradients are off by a few per cent.
 _CONVERGED = 1e-2
@@ -59,7 +60,7 @@ def sinkhorn(
     The last update is that of the patches: rows meet theta (or, relaxed, their optimality condition) to rounding, and
     `residual_B` is the violation of the columns. Computed in float32 at least, also for half precision and under autocast.
     A patch or concept with a marginal of exactly zero is not there: its row or column of the plan and all its gradients are
-    zero. Without `tol` and `check` no step depends on values, so the function can be exported.
+    zero. In an exported program no step depends on values: it makes `max_iter` plain iterations.
 
     Args:
         cost_BNM: (B, N, M) finite cost; any layout.
@@ -67,13 +68,19 @@ def sinkhorn(
         gamma: (B, M) or (M,) non-negative concept marginal.
         eps: Entropy, > 0, in units of the cost.
         max_iter: Most updates of the two potentials.
-        tol: Stop once the residual of every picture is below it; None makes max_iter updates.
-        solver: "torch" (ours) or "pot" (Python Optimal Transport, slower, the reference).
+        tol: Each picture stops once its residual is below it; None makes max_iter plain iterations.
+        solver: "torch", "triton" (CUDA, float32), "pot" (Python Optimal Transport, slower, the reference), or "auto": Triton where it
+            runs, else torch.
+        gradient: "implicit" differentiates the fixed point, in memory that does not grow with the iterations, and falls back to
+            "unroll" with a warning where the residual is above 0.01 (with Triton only under `check`, as looking waits for the device).
+            Potentials have gradients only where unrolled.
+        accelerate: Extrapolate the concepts' potential where the plain iteration is slow; without effect where tol is None.
         relax_patch: Strength, >= 0, of the Kullback-Leibler penalty that replaces the constraint on the rows; None keeps it. At 0 the
             rows are free, theta is no more than the measure that the entropy is relative to, and the plan is gamma_j
             softmax_i(log theta_i - cost_ij / eps): no solver is asked.
         relax_concept: The same for the columns.
-        check: Look at values: reject costs that are not finite and wrong marginals, and warn where tol was not reached.
+        check: Look at values: reject costs that are not finite and wrong marginals, and warn where tol was not reached. On CUDA every look
+            waits for the device.
 
     Returns:
         Plan, scaled potentials, residual and number of iterations.
@@ -82,53 +89,102 @@ def sinkhorn(
         ValueError: Shapes that do not fit, eps, max_iter, tol or relax out of range, and with `check` a NaN or infinite cost,
             negative or NaN marginals, marginals that do not sum to 1 (balanced) or that have no mass (relaxed).
     """
+    chosen, cost_BNM, theta_BN, gamma_BM = _prepared(
+        cost_BNM, theta_BN, gamma, eps=eps, max_iter=max_iter, tol=tol, solver=solver, relax=(relax_patch, relax_concept), check=check
+    )
+    if relax_patch == 0:
+        return _free_patches(cost_BNM, theta_BN, gamma_BM, eps=eps)
+    settings = {"eps": eps, "max_iter": max_iter, "tol": tol, "relax_patch": relax_patch, "relax_concept": relax_concept}
+    with _full_precision(cost_BNM.device.type):
+        result = _solve(cost_BNM, theta_BN, gamma_BM, settings, solver=chosen, gradient=gradient, accelerate=accelerate, check=check)
+    if check and tol is not None:
+        _warn_of_residual(result.residual_B, eps=eps, tol=tol, max_iter=max_iter)
+    return result
+
+
+def concept_scores(
+    cost_BNM: Tensor,
+    theta_BN: Tensor,
+    gamma: Tensor,
+    *,
+    eps: float,
+    max_iter: int = 100,
+    tol: float | None = 1e-3,
+    solver: Solver = "auto",
+    relax_patch: float | None = None,
+    relax_concept: float | None = None,
+    check: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """What a cosine readout needs in training: (B, M) sum_i plan_ij (1 - cost_ij), differentiable, and (B,) the residual.
+
+    With Triton the plan is never written, forward or backward; with other solvers this is `sinkhorn` and the sum. See there for
+    arguments and errors; gradients are implicit.
+    """
+    chosen, prepared, theta_BN, gamma_BM = _prepared(
+        cost_BNM, theta_BN, gamma, eps=eps, max_iter=max_iter, tol=tol, solver=solver, relax=(relax_patch, relax_concept), check=check
+    )
+    settings = {"eps": eps, "max_iter": max_iter, "tol": tol, "relax_patch": relax_patch, "relax_concept": relax_concept}
+    if chosen != "triton" or relax_patch == 0 or torch.compiler.is_exporting():
+        found = sinkhorn(prepared, theta_BN, gamma_BM, solver=chosen, check=False, **settings)
+        score_BM, residual_B = (found.plan_BNM * (1 - prepared)).sum(1), found.residual_B
+    else:
+        from dotcbm.transport.backend_triton import scores_triton
+
+        with _full_precision(cost_BNM.device.type):
+            score_BM, residual_B = scores_triton(prepared, theta_BN, gamma_BM, **settings, accelerate=tol is not None)
+    if check and tol is not None:
+        _warn_of_residual(residual_B, eps=eps, tol=tol, max_iter=max_iter)
+    return score_BM, residual_B
+
+
+def _prepared(
+    cost_BNM: Tensor,
+    theta_BN: Tensor,
+    gamma: Tensor,
+    *,
+    eps: float,
+    max_iter: int,
+    tol: float | None,
+    solver: Solver,
+    relax: tuple[float | None, float | None],
+    check: bool,
+) -> tuple[Solver, Tensor, Tensor, Tensor]:
+    """The solver to take, and what it takes: checked, batched, in one floating type (for Triton, a cost in half precision stays)."""
     theta_BN, gamma_BM = _batched(cost_BNM, theta_BN, gamma)
-    _check_settings(eps=eps, max_iter=max_iter, tol=tol, relax_patch=relax_patch, relax_concept=relax_concept)
-    balanced = relax_patch is None and relax_concept is None
+    _check_settings(eps=eps, max_iter=max_iter, tol=tol, relax_patch=relax[0], relax_concept=relax[1])
+    balanced = relax == (None, None)
     if check:
         _check_values(cost_BNM, theta_BN, gamma_BM, balanced=balanced)
     chosen = _chosen(solver, cost_BNM)
     dtype = torch.float64 if torch.float64 in (cost_BNM.dtype, theta_BN.dtype, gamma_BM.dtype) else torch.float32
-    if chosen != "triton":  # which reads half precision as it is
+    if chosen != "triton" or relax[0] == 0:
         cost_BNM = cost_BNM.to(dtype)
     theta_BN, gamma_BM = (_widened(mass, dtype, balanced=balanced) for mass in (theta_BN, gamma_BM))
-    device = cost_BNM.device.type
+    return chosen, cost_BNM, theta_BN, gamma_BM
+
+
+def _full_precision(device: str) -> AbstractContextManager[object]:
     # Entered only where it changes something: exporters stumble over the context.
-    full_precision = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-    if relax_patch == 0:
-        return _free_patches(cost_BNM, theta_BN, gamma_BM, eps=eps)
-    with full_precision:
-        result = _solve(
-            cost_BNM,
-            theta_BN,
-            gamma_BM,
-            solver=chosen,
-            gradient=gradient,
-            eps=eps,
-            max_iter=max_iter,
-            tol=tol,
-            relax_patch=relax_patch,
-            relax_concept=relax_concept,
-            accelerate=accelerate,
-            check=check,
-        )
-    if check and tol is not None and bool((result.residual_B >= tol).any()):
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _warn_of_residual(residual_B: Tensor, *, eps: float, tol: float, max_iter: int) -> None:
+    if bool((residual_B >= tol).any()):
         warnings.warn(
             f"transport with eps={eps:g} did not reach tol={tol:g} within max_iter={max_iter}; "
             "raise max_iter or eps, or see residual_B for how far each picture is",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return result
 
 
 def _chosen(solver: Solver, cost_BNM: Tensor) -> Solver:
     if solver not in get_args(Solver):
         raise ValueError(f"solver is {solver!r}; choose one of {list(get_args(Solver))}")
     if solver == "auto":
-        wanted = cost_BNM.device.type == "cuda" and cost_BNM.dtype != torch.float64 and find_spec("triton") is not None
+        wanted = cost_BNM.device.type == "cuda" and cost_BNM.dtype != torch.float64 and _HAS_TRITON
         return "triton" if wanted else "torch"
     if solver == "triton":
-        if find_spec("triton") is None:
+        if not _HAS_TRITON:
             raise ValueError('solver is "triton", which is not installed; choose "auto" or "torch"')
         if cost_BNM.device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
             raise ValueError(f'solver is "triton", which runs on CUDA, and the cost is on {cost_BNM.device}; choose "auto" or "torch"')
@@ -141,37 +197,48 @@ def _solve(
     cost_BNM: Tensor,
     theta_BN: Tensor,
     gamma_BM: Tensor,
+    settings: dict[str, Any],
     *,
     solver: Solver,
     gradient: Gradient,
-    eps: float,
-    max_iter: int,
-    tol: float | None,
-    relax_patch: float | None,
-    relax_concept: float | None,
     accelerate: bool,
     check: bool,
 ) -> TransportPlan:
     differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in (cost_BNM, theta_BN, gamma_BM))
-    settings = {"eps": eps, "max_iter": max_iter, "tol": tol, "relax_patch": relax_patch, "relax_concept": relax_concept}
-    unrolled = _pot() if solver == "pot" else solve_unrolled
-    traced = torch.compiler.is_exporting() if solver == "triton" else torch.compiler.is_compiling()
-    if traced or (differentiate and gradient == "unroll"):
-        return unrolled(cost_BNM, theta_BN, gamma_BM, **settings)
-    accelerate = accelerate and tol is not None
+    accelerate = accelerate and settings["tol"] is not None
+    if torch.compiler.is_exporting() if solver == "triton" else torch.compiler.is_compiling():
+        # A program that was traced cannot look at values.
+        return solve_unrolled(cost_BNM.to(theta_BN.dtype), theta_BN, gamma_BM, **{**settings, "tol": None})
+    if differentiate and gradient == "unroll":
+        return _unrolled(cost_BNM, theta_BN, gamma_BM, settings, solver=solver)
     if solver == "triton":
-        found = _triton()(cost_BNM, theta_BN, gamma_BM, **settings, accelerate=accelerate)
+        from dotcbm.transport.backend_triton import solve_triton
+
+        found = solve_triton(cost_BNM, theta_BN, gamma_BM, **settings, accelerate=accelerate)
         # Looking at the residual waits for the device.
-        return found if not (differentiate and check) or _trusted(found, eps=eps) else unrolled(cost_BNM, theta_BN, gamma_BM, **settings)
+        trusted = not (differentiate and check) or _trusted(found, eps=settings["eps"])
+        return found if trusted else _unrolled(cost_BNM, theta_BN, gamma_BM, settings, solver=solver)
     with torch.no_grad():
-        inputs = [x.detach() for x in (cost_BNM, theta_BN, gamma_BM)]
-        found = unrolled(*inputs, **settings) if solver == "pot" else solve_torch(*inputs, **settings, accelerate=accelerate)
+        cost, theta, gamma = cost_BNM.detach(), theta_BN.detach(), gamma_BM.detach()
+        if solver == "torch":
+            found = solve_torch(cost, theta, gamma, **settings, accelerate=accelerate)
+        else:
+            found = _unrolled(cost, theta, gamma, settings, solver=solver)
     if not differentiate:
         return found
-    if not _trusted(found, eps=eps):
-        return unrolled(cost_BNM, theta_BN, gamma_BM, **settings)
-    plan_BNM = attach_gradient(cost_BNM, theta_BN, gamma_BM, found, eps=eps, relax_patch=relax_patch, relax_concept=relax_concept)
+    if not _trusted(found, eps=settings["eps"]):
+        return _unrolled(cost_BNM, theta_BN, gamma_BM, settings, solver=solver)
+    relax = {name: settings[name] for name in ("relax_patch", "relax_concept")}
+    plan_BNM = attach_gradient(cost_BNM, theta_BN, gamma_BM, found, eps=settings["eps"], **relax)
     return replace(found, plan_BNM=plan_BNM)
+
+
+def _unrolled(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings: dict[str, Any], *, solver: Solver) -> TransportPlan:
+    if solver == "pot":
+        from dotcbm.transport.backend_pot import solve_pot
+
+        return solve_pot(cost_BNM, theta_BN, gamma_BM, **settings)
+    return solve_unrolled(cost_BNM.to(theta_BN.dtype), theta_BN, gamma_BM, **settings)
 
 
 def _trusted(found: TransportPlan, *, eps: float) -> bool:
@@ -184,18 +251,6 @@ def _trusted(found: TransportPlan, *, eps: float) -> bool:
         stacklevel=4,
     )
     return False
-
-
-def _triton() -> Callable[..., TransportPlan]:
-    from dotcbm.transport.backend_triton import solve_triton
-
-    return solve_triton
-
-
-def _pot() -> Callable[..., TransportPlan]:
-    from dotcbm.transport.backend_pot import solve_pot
-
-    return solve_pot
 
 
 def _free_patches(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, *, eps: float) -> TransportPlan:

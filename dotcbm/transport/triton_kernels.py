@@ -11,7 +11,7 @@ tiles (pieces of 32 values) and the update (all at once).
 
 # Triton compiles these functions; to a checker of Python their values are not what they are.
 # pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false, reportArgumentType=false, reportIndexIssue=false
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
 
 # ruff: noqa: RUF005 (it cannot unpack into a tuple either)
 

@@ -1,0 +1,187 @@
+"""The benchmark of transport: one command, every table.
+
+From the repository's root:
+
+    python -m tests.benchmarks.transport --device cuda --out reports/benchmarks
+
+Sections: correctness, each size at equal residual and at 50 passes, memory and floor (CUDA), the training step and the cached epoch
+(CUDA, or tiny with --quick). `--only` picks sections by a part of their name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from rich.console import Console
+
+from .comparison import Hardware, Mode, Row, compare, floor_table, memory_table, time_table
+from .correctness import correctness_table, measure_errors
+from .problems import Size
+from .rivals import methods
+from .tables import Table
+from .timing import one_thread
+from .training_step import CachedEpoch, LiveStep, cached_epoch, epoch_table, live_steps, step_table
+
+__all__ = ["main"]
+
+SIZES: dict[str, list[Size]] = {
+    "cuda": [(256, 196, 112), (256, 196, 312), (128, 324, 112), (64, 576, 1000)],
+    "cpu": [(64, 196, 112), (64, 196, 312)],
+    "quick": [(4, 16, 6), (3, 9, 20)],
+}
+TINY_STEP = LiveStep("vit_tiny_patch16_224", image=32, num_images=2, num_concepts=6)
+TINY_EPOCH = CachedEpoch(num_images=12, num_patches=9, width=24, batch=5, num_concepts=6)
+PACKAGES = ("torch", "triton", "pot", "geomloss", "flash-sinkhorn", "timm", "dotcbm")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command; see `--help`."""
+    given = _parser().parse_args(args)
+    device = torch.device(given.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda needs an NVIDIA GPU that torch can see; use --device cpu, or --quick for a trial")
+    typed = shlex.join(["python", "-m", "tests.benchmarks.transport", *(sys.argv[1:] if args is None else args)])
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    report = _Report(console, {"command": typed, **_surroundings(device)})
+    with one_thread(device):
+        _measure(report, given, device)
+    if given.out:
+        report.write(Path(given.out), device)
+
+
+class _Report:
+    """Prints each table as it is found, and writes all of them with the raw numbers."""
+
+    def __init__(self, console: Console, about: dict[str, Any]) -> None:
+        self.console = console
+        self.about = about
+        self.tables: list[Table] = []
+        self.raw: dict[str, list[dict[str, Any]]] = {}
+        for name, value in about.items():
+            console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
+
+    def add(self, table: Table) -> None:
+        self.tables.append(table)
+        self.console.print(table.rich(), "")
+
+    def keep(self, kind: str, records: Sequence[Any], **where: Any) -> None:
+        self.raw.setdefault(kind, []).extend({**where, **asdict(record)} for record in records)
+
+    def write(self, folder: Path, device: torch.device) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        head = ["# Transport, benchmark", "", *(f"- {name}: {value}" for name, value in self.about.items()), ""]
+        text = "\n".join([*head, *(table.markdown() for table in self.tables)])
+        (folder / f"transport_{device.type}.md").write_text(text, encoding="utf-8")
+        raw = json.dumps({"about": self.about, **self.raw}, indent=1, allow_nan=False)
+        (folder / f"transport_{device.type}.json").write_text(raw + "\n", encoding="utf-8")
+
+
+def _measure(report: _Report, given: argparse.Namespace, device: torch.device) -> None:
+    found, missing = methods(device, compiled=given.compile or device.type == "cuda")
+    repeats = given.repeats or (20 if device.type == "cuda" else 5)
+    hardware = Hardware(bandwidth=given.bandwidth * 1e12, exponentials=given.exp_per_clock * given.num_sms * given.clock * 1e9)
+
+    def wanted(section: str) -> bool:
+        return given.only in section
+
+    if wanted("correctness"):
+        errors = measure_errors(found, all_eps=(0.2,) if given.quick else (0.01, 0.05, 0.2), device=device)
+        report.add(correctness_table(errors))
+        report.keep("correctness", errors)
+    for mode in get_args(Mode):
+        rows: list[Row] = []
+        for size in SIZES["quick" if given.quick else device.type]:
+            title = f"{mode} {size}"
+            if wanted(title):
+                of_size, left_out = compare(size, mode, found, eps=given.eps, device=device, repeats=repeats)
+                report.add(time_table(title, of_size, [*left_out, *missing], device=device))
+                report.keep("solvers", of_size, mode=mode)
+                report.keep("left_out", [*left_out, *missing], mode=mode, size=size)
+                rows += of_size
+                _free(device)
+        if rows and device.type == "cuda":
+            report.add(memory_table(f"memory, {mode}", rows))
+            report.add(floor_table(f"floor, {mode}", rows, hardware))
+    if not given.quick and device.type == "cpu":
+        report.console.print("training step, cached epoch: on CUDA, or tiny with --quick\n")
+        return
+    if wanted("training step"):
+        sizes = TINY_STEP if given.quick else LiveStep()
+        steps = live_steps(sizes, eps=given.eps, device=device, repeats=repeats)
+        report.add(step_table(f"training step, {_described(sizes)}", steps))
+        report.keep("training_step", steps, **asdict(sizes))
+        _free(device)
+    if wanted("cached epoch"):
+        sizes = TINY_EPOCH if given.quick else CachedEpoch()
+        steps = cached_epoch(sizes, eps=given.eps, device=device, repeats=repeats)
+        report.add(epoch_table(f"cached epoch, {_described(sizes)}", steps))
+        report.keep("cached_epoch", steps, **asdict(sizes))
+
+
+def _described(sizes: LiveStep | CachedEpoch) -> str:
+    return ", ".join(f"{name} {value}" for name, value in asdict(sizes).items())
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _surroundings(device: torch.device) -> dict[str, Any]:
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "python": platform.python_version(),
+        "versions": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
+    }
+
+
+def _processor() -> str:
+    """The processor's model where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, one thread"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.transport", description="Time, memory and exactness.")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--out", metavar="FOLDER", help="write transport_<device>.md and transport_<device>.json there")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: a trial of the command, not a measurement")
+    parser.add_argument("--repeats", type=int, metavar="R", help="rounds in which each call is timed once (20 on CUDA, 5 on a CPU)")
+    parser.add_argument(
+        "--only", default="", metavar="SUBSTRING", help='sections whose name holds it: "correctness", "equal residual (64", ...'
+    )
+    parser.add_argument("--eps", type=float, default=0.05, help="entropy of everything that is timed (0.05)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU too; it needs a C++ compiler")
+    floor = parser.add_argument_group("floor", "what the hardware can do; the defaults are one H100 SXM's, at its boost clock")
+    floor.add_argument("--bandwidth", type=float, default=3.35, metavar="TB/s", help="to and from memory (3.35)")
+    floor.add_argument("--exp-per-clock", type=float, default=16, help="exponentials a clock and multiprocessor (16)")
+    floor.add_argument("--num-sms", type=int, default=132, help="multiprocessors (132)")
+    floor.add_argument("--clock", type=float, default=1.755, metavar="GHz", help="(1.755)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
