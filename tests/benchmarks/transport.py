@@ -54,19 +54,18 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit("--device cuda needs an NVIDIA GPU that torch can see; use --device cpu, or --quick for a trial")
     typed = shlex.join(["python", "-m", "tests.benchmarks.transport", *(sys.argv[1:] if args is None else args)])
     console = Console(width=None if sys.stdout.isatty() else 200)
-    report = _Report(console, {"command": typed, **_surroundings(device)})
+    out = Path(given.out) / f"transport_{device.type}" if given.out else None
     with one_thread(device):
-        _measure(report, given, device)
-    if given.out:
-        report.write(Path(given.out), device)
+        _measure(_Report(console, {"command": typed, **_surroundings(device)}, out), given, device)
 
 
 class _Report:
-    """Prints each table as it is found, and writes all of them with the raw numbers."""
+    """Prints each table as it is found, and writes what there is until then with the raw numbers, so that a run that is cut short keeps it."""
 
-    def __init__(self, console: Console, about: dict[str, Any]) -> None:
+    def __init__(self, console: Console, about: dict[str, Any], out: Path | None) -> None:
         self.console = console
         self.about = about
+        self.out = out
         self.tables: list[Table] = []
         self.raw: dict[str, list[dict[str, Any]]] = {}
         for name, value in about.items():
@@ -78,14 +77,16 @@ class _Report:
 
     def keep(self, kind: str, records: Sequence[Any], **where: Any) -> None:
         self.raw.setdefault(kind, []).extend({**where, **asdict(record)} for record in records)
+        if self.out:
+            self._write(self.out)
 
-    def write(self, folder: Path, device: torch.device) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def _write(self, out: Path) -> None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         head = ["# Transport, benchmark", "", *(f"- {name}: {value}" for name, value in self.about.items()), ""]
         text = "\n".join([*head, *(table.markdown() for table in self.tables)])
-        (folder / f"transport_{device.type}.md").write_text(text, encoding="utf-8")
+        out.with_suffix(".md").write_text(text, encoding="utf-8")
         raw = json.dumps({"about": self.about, **self.raw}, indent=1, allow_nan=False)
-        (folder / f"transport_{device.type}.json").write_text(raw + "\n", encoding="utf-8")
+        out.with_suffix(".json").write_text(raw + "\n", encoding="utf-8")
 
 
 def _measure(report: _Report, given: argparse.Namespace, device: torch.device) -> None:
@@ -114,6 +115,7 @@ def _measure(report: _Report, given: argparse.Namespace, device: torch.device) -
         if rows and device.type == "cuda":
             report.add(memory_table(f"memory, {mode}", rows))
             report.add(floor_table(f"floor, {mode}", rows, hardware))
+            report.keep("solvers", [])
     if not given.quick and device.type == "cpu":
         report.console.print("training step, cached epoch: on CUDA, or tiny with --quick\n")
         return
