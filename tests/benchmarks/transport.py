@@ -60,7 +60,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 class _Report:
-    """Prints each table as it is found, and writes what there is until then with the raw numbers, so that a run that is cut short keeps it."""
+    """Prints each table as it is found, and writes what there is until then, so that a run that is cut short keeps it."""
 
     def __init__(self, console: Console, about: dict[str, Any], out: Path | None) -> None:
         self.console = console
