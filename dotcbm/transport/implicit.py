@@ -34,7 +34,7 @@ _MAX_STEPS = 200
 _TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
 # Curvature over squared length below which a direction is the null direction but for rounding; other eigenvalues are far above.
 _FLAT = {torch.float32: 1e-6, torch.float64: 1e-14}
-_GROUP_ELEMENTS = 2**19  # see backend_torch
+_GROUP_ELEMENTS = 2**21  # see backend_torch
 
 
 def attach_gradient(

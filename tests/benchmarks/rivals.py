@@ -6,6 +6,7 @@ B pictures, N patches, M concepts, D features. Libraries other than torch are im
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,9 @@ from torch import Tensor
 from dotcbm.transport.sinkhorn import Gradient, Solver, sinkhorn
 
 from .problems import Inputs
+
+# POT imports every array library that it finds, and JAX takes three quarters of a GPU's memory when it is.
+os.environ.setdefault("POT_BACKEND_DISABLE_JAX", "1")
 
 __all__ = ["Method", "Missing", "Passes", "Solve", "methods", "most_passes", "ours_name", "pot_batch", "solve_ours"]
 

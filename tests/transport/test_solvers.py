@@ -205,6 +205,37 @@ def test_triton_says_where_it_does_not_run(monkeypatch):
         sinkhorn(cost.cpu().float(), theta.cpu().float(), gamma.cpu().float(), eps=0.1, solver="triton")
 
 
+def test_the_operators_are_registered_as_torch_wants_them():
+    from dotcbm.transport import backend_triton
+
+    cost, theta, gamma = problem(14, 2, 9, 40, torch.float32)
+    settings = (0.1, 20, 1e-4, None, None, True)
+    leaves = [x.clone().requires_grad_() for x in (cost, theta, gamma)]
+    for scores in (False, True):
+        torch.library.opcheck(
+            backend_triton._operator,
+            (*leaves, *settings, scores),
+            test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+        )
+    found = backend_triton._forward(cost, theta, gamma, *settings, False)
+    inputs = (torch.ones_like(cost), cost, theta, gamma, *found[1:4], 0.1, None, None, False)
+    torch.library.opcheck(backend_triton._gradient_operator, inputs, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_it_is_traced_as_a_whole():
+    """By torch.compile, whose graph takes the operators as they are."""
+    leaves = [x.requires_grad_() for x in problem(15, 2, 9, 40, torch.float32)]
+    weight = torch.randn(2, 9, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def plan(*x: Tensor) -> Tensor:
+        return 2 * sinkhorn(*x, eps=0.1, solver="triton", check=False).plan_BNM
+
+    traced = torch.compile(plan, backend="aot_eager", fullgraph=True)(*leaves)
+    torch.testing.assert_close(traced, plan(*leaves))
+    for a, b in zip(torch.autograd.grad(traced, leaves, weight), torch.autograd.grad(plan(*leaves), leaves, weight), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="torch.compile and CUDA graphs take the kernels as they are on a GPU only")
 def test_compiled_and_captured():
     inputs = problem(14, 4, 49, 70, torch.float32)
