@@ -31,7 +31,7 @@ __all__ = ["attach_gradient", "solve_schur"]
 
 _DIRECT = 48  # concepts up to which a factorisation is faster than conjugate gradients (reports/benchmarks)
 _MAX_STEPS = 200
-_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
 # Curvature over squared length below which a direction is the null direction but for rounding; other eigenvalues are far above.
 _FLAT = {torch.float32: 1e-6, torch.float64: 1e-14}
 _GROUP_ELEMENTS = 2**21  # see backend_torch
