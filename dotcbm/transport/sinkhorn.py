@@ -32,6 +32,7 @@ Solver = Literal["auto", "torch", "triton", "pot"]
 Gradient = Literal["implicit", "unroll"]
 
 _HAS_TRITON = find_spec("triton") is not None
+_MOST_IN_TRITON = 1024  # concepts; a program keeps a row of the cost in registers
 
 # Residual from which on the implicit formula is not trusted; at it gradients are off by a few per cent.
 _CONVERGED = 1e-2
@@ -181,8 +182,8 @@ def _chosen(solver: Solver, cost_BNM: Tensor) -> Solver:
     if solver not in get_args(Solver):
         raise ValueError(f"solver is {solver!r}; choose one of {list(get_args(Solver))}")
     if solver == "auto":
-        wanted = cost_BNM.device.type == "cuda" and cost_BNM.dtype != torch.float64 and _HAS_TRITON
-        return "triton" if wanted else "torch"
+        suits = cost_BNM.dtype != torch.float64 and cost_BNM.shape[2] <= _MOST_IN_TRITON
+        return "triton" if cost_BNM.device.type == "cuda" and suits and _HAS_TRITON else "torch"
     if solver == "triton":
         if not _HAS_TRITON:
             raise ValueError('solver is "triton", which is not installed; choose "auto" or "torch"')
@@ -190,6 +191,10 @@ def _chosen(solver: Solver, cost_BNM: Tensor) -> Solver:
             raise ValueError(f'solver is "triton", which runs on CUDA, and the cost is on {cost_BNM.device}; choose "auto" or "torch"')
         if cost_BNM.dtype == torch.float64:
             raise ValueError('solver is "triton", which computes in float32, and the cost is in float64; choose "auto" or "torch"')
+        if cost_BNM.shape[2] > _MOST_IN_TRITON:
+            raise ValueError(
+                f'solver is "triton", which takes up to {_MOST_IN_TRITON} concepts, and there are {cost_BNM.shape[2]}; choose "torch"'
+            )
     return solver
 
 

@@ -200,6 +200,15 @@ def test_triton_says_where_it_does_not_run(monkeypatch):
     cost, theta, gamma = problem(13, 2, 6, 4)
     with pytest.raises(ValueError, match=r"computes in float32, and the cost is in float64"):
         sinkhorn(cost, theta, gamma, eps=0.1, solver="triton")
+    with pytest.raises(ValueError, match=r"takes up to 1024 concepts, and there are 1025"):
+        sinkhorn(
+            cost.float()[:, :, :1].expand(-1, -1, 1025),
+            theta.float(),
+            gamma.float()[:, :1].expand(-1, 1025),
+            eps=0.1,
+            solver="triton",
+            check=False,
+        )
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"runs on CUDA, and the cost is on cpu"):
         sinkhorn(cost.cpu().float(), theta.cpu().float(), gamma.cpu().float(), eps=0.1, solver="triton")
