@@ -221,7 +221,7 @@ def _solve(
 
         found = solve_triton(cost_BNM, theta_BN, gamma_BM, **settings, accelerate=accelerate)
         # Looking at the residual waits for the device.
-        trusted = not (differentiate and check) or _trusted(found, eps=settings["eps"])
+        trusted = not (differentiate and check) or _trusted(found, eps=settings["eps"], max_iter=settings["max_iter"])
         return found if trusted else _unrolled(cost_BNM, theta_BN, gamma_BM, settings, solver=solver)
     with torch.no_grad():
         cost, theta, gamma = cost_BNM.detach(), theta_BN.detach(), gamma_BM.detach()
@@ -231,7 +231,7 @@ def _solve(
             found = _unrolled(cost, theta, gamma, settings, solver=solver)
     if not differentiate:
         return found
-    if not _trusted(found, eps=settings["eps"]):
+    if not _trusted(found, eps=settings["eps"], max_iter=settings["max_iter"]):
         return _unrolled(cost_BNM, theta_BN, gamma_BM, settings, solver=solver)
     relax = {name: settings[name] for name in ("relax_patch", "relax_concept")}
     plan_BNM = attach_gradient(cost_BNM, theta_BN, gamma_BM, found, eps=settings["eps"], **relax)
@@ -246,13 +246,14 @@ def _unrolled(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings: di
     return solve_unrolled(cost_BNM.to(theta_BN.dtype), theta_BN, gamma_BM, **settings)
 
 
-def _trusted(found: TransportPlan, *, eps: float) -> bool:
+def _trusted(found: TransportPlan, *, eps: float, max_iter: int) -> bool:
     """Whether the implicit formula holds there; says so if not."""
     if not bool((found.residual_B > _CONVERGED).any()):
         return True
+    # The same words each time, so that Python says it once.
     warnings.warn(
-        f"transport with eps={eps:g} left a residual of {float(found.residual_B.max()):.2g} after {found.num_iter} iterations, too "
-        "much for implicit gradients: its iterations are unrolled, which takes more time and memory; raise max_iter or eps",
+        f"transport with eps={eps:g} left a residual above {_CONVERGED:g} within max_iter={max_iter}, too much for implicit gradients: "
+        "its iterations are unrolled, which takes more time and memory; raise max_iter or eps",
         stacklevel=4,
     )
     return False
