@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
 __all__ = ["DEVICE", "RELAX", "SOLVERS", "distance", "problem", "tangent"]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-if DEVICE.type == "cpu":
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported: they then run in Python, on NumPy arrays
 
 SOLVERS = ("torch", "triton", "pot")
 RELAX = [(None, None), (0.3, None), (None, 0.2), (0.3, 0.2)]
