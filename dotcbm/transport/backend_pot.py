@@ -13,31 +13,23 @@ relative change of the scalings. `residual_B` is measured on what it returns, ro
 from __future__ import annotations
 
 import os
+from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dotcbm.transport.plan import TransportPlan, safe_log, side_target
+from dotcbm.transport.plan import Settings, TransportPlan, safe_log, side_target
 
 __all__ = ["solve_pot"]
 
 
-def solve_pot(
-    cost_BNM: Tensor,
-    theta_BN: Tensor,
-    gamma_BM: Tensor,
-    *,
-    eps: float,
-    max_iter: int,
-    tol: float | None,
-    relax_patch: float | None,
-    relax_concept: float | None,
-) -> TransportPlan:
+def solve_pot(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings: Settings) -> TransportPlan:
     """See `dotcbm.transport.sinkhorn.sinkhorn`. Inputs are checked, of one floating type, and batched on every side."""
+    eps, max_iter, tol, relax_patch, relax_concept = astuple(settings)
     if not len(cost_BNM):  # POT takes the maximum of an empty batch's errors
         return TransportPlan(cost_BNM * 1, theta_BN * 1, gamma_BM * 1, cost_BNM.new_zeros(0), torch.zeros(0, dtype=torch.int32))
-    if relax_patch is None and relax_concept is None:
+    if settings.balanced:
         plan_BNM, log_u_BN, log_v_BM, num_iter = _balanced(cost_BNM, theta_BN, gamma_BM, eps=eps, max_iter=max_iter, tol=tol)
         num_iter_B = torch.full((len(cost_BNM),), num_iter, dtype=torch.int32, device=cost_BNM.device)
     else:

@@ -14,7 +14,7 @@ Pictures go through in groups that stay in the processor's cache, and each stops
 
 Momentum (`accelerate`): v is extrapolated as in Nesterov's method with restarts (O'Donoghue and Candes 2015), for a picture whose
 plain iteration is slow: from where its residual falls by less than a factor of `_SLOW`. Where a residual rises, momentum starts anew;
-the iterate of the smallest residual is returned. On random problems this took at most two iterations more than the plain one, and at
+the iterate of the smallest residual is returned. On 1,600 random problems this took at most one iteration more than the plain one, and at
 eps 0.01 less than half of them (tests/transport/test_acceleration.py).
 """
 
@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dotcbm.transport.plan import TransportPlan, safe_log, side_target
+from dotcbm.transport.plan import Settings, TransportPlan, safe_log, side_target
 
 __all__ = ["solve_torch"]
 
@@ -34,18 +34,7 @@ _RANGE = {torch.float32: 40.0, torch.float64: 300.0}
 _DRIFT = {torch.float32: 25.0, torch.float64: 200.0}
 
 
-def solve_torch(
-    cost_BNM: Tensor,
-    theta_BN: Tensor,
-    gamma_BM: Tensor,
-    *,
-    eps: float,
-    max_iter: int,
-    tol: float | None,
-    relax_patch: float | None,
-    relax_concept: float | None,
-    accelerate: bool,
-) -> TransportPlan:
+def solve_torch(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings: Settings, *, accelerate: bool) -> TransportPlan:
     """See `dotcbm.transport.sinkhorn.sinkhorn`. Inputs are checked, of one floating type, batched on every side; no gradients."""
     B, N, M = cost_BNM.shape
     plan_BNM, log_u_BN, log_v_BM = (
@@ -57,8 +46,8 @@ def solve_torch(
     step = max(1, _GROUP_ELEMENTS // (N * M)) if cost_BNM.device.type == "cpu" else max(1, B)
     for start in range(0, B, step):
         rows = slice(start, start + step)
-        group = _Group(cost_BNM[rows], theta_BN[rows], gamma_BM[rows], eps=eps, relax_patch=relax_patch, relax_concept=relax_concept)
-        residual_B[rows], num_iter_B[rows] = group.solve(max_iter=max_iter, tol=tol, accelerate=accelerate)
+        group = _Group(cost_BNM[rows], theta_BN[rows], gamma_BM[rows], settings)
+        residual_B[rows], num_iter_B[rows] = group.solve(max_iter=settings.max_iter, tol=settings.tol, accelerate=accelerate)
         group.write(plan_BNM[rows], log_u_BN[rows], log_v_BM[rows])
     return TransportPlan(plan_BNM, log_u_BN, log_v_BM, residual_B, num_iter_B)
 
@@ -66,18 +55,10 @@ def solve_torch(
 class _Group:
     """Pictures that are solved side by side. Attributes as in the head of this file; v_GM is where the next iteration looks."""
 
-    def __init__(
-        self,
-        cost_GNM: Tensor,
-        theta_GN: Tensor,
-        gamma_GM: Tensor,
-        *,
-        eps: float,
-        relax_patch: float | None,
-        relax_concept: float | None,
-    ) -> None:
-        self.cost_GNM, self.gamma_GM, self.eps, self.relax_concept = cost_GNM, gamma_GM, eps, relax_concept
-        self.power_u, self.power_v = (1.0 if r is None else r / (r + eps) for r in (relax_patch, relax_concept))
+    def __init__(self, cost_GNM: Tensor, theta_GN: Tensor, gamma_GM: Tensor, settings: Settings) -> None:
+        eps = settings.eps
+        self.cost_GNM, self.gamma_GM, self.eps, self.relax_concept = cost_GNM, gamma_GM, eps, settings.relax_concept
+        self.power_u, self.power_v = settings.powers
         self.patch_GN, self.concept_GM = theta_GN > 0, gamma_GM > 0
         self.log_theta_GN, self.log_gamma_GM = safe_log(theta_GN), safe_log(gamma_GM)
         self.tiny = torch.finfo(cost_GNM.dtype).tiny

@@ -2,18 +2,19 @@
 
 B pictures, N patches, M concepts. Nothing waits for the device; the plan, the cost's gradient and what the caller holds are all that
 has size B N M, and of the scores alone not even the plan. Under torch.compile the kernels are registered operators; eager code takes a
-plain autograd function, which costs the host a tenth of that.
+plain autograd function, which costs the host less (1.15 and 0.70 ms for forward and backward on one machine).
 """
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dotcbm.transport import triton_kernels
-from dotcbm.transport.plan import TransportPlan
+from dotcbm.transport.plan import Settings, TransportPlan
 
 __all__ = ["scores_triton", "solve_triton"]
 
@@ -34,37 +35,15 @@ class _Solved(NamedTuple):
     num_iter_B: Tensor
 
 
-def solve_triton(
-    cost_BNM: Tensor,
-    theta_BN: Tensor,
-    gamma_BM: Tensor,
-    *,
-    eps: float,
-    max_iter: int,
-    tol: float | None,
-    relax_patch: float | None,
-    relax_concept: float | None,
-    accelerate: bool,
-) -> TransportPlan:
+def solve_triton(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings: Settings, *, accelerate: bool) -> TransportPlan:
     """See `dotcbm.transport.sinkhorn.sinkhorn`. Inputs are checked and batched on every side; the cost may be in half precision."""
-    found = _apply(cost_BNM, theta_BN, gamma_BM, eps, max_iter, tol, relax_patch, relax_concept, accelerate, scores=False)
+    found = _apply(cost_BNM, theta_BN, gamma_BM, *astuple(settings), accelerate, scores=False)
     return TransportPlan(found.value, found.log_u_BN, found.log_v_BM, found.residual_B, found.num_iter_B)
 
 
-def scores_triton(
-    cost_BNM: Tensor,
-    theta_BN: Tensor,
-    gamma_BM: Tensor,
-    *,
-    eps: float,
-    max_iter: int,
-    tol: float | None,
-    relax_patch: float | None,
-    relax_concept: float | None,
-    accelerate: bool,
-) -> tuple[Tensor, Tensor]:
+def scores_triton(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings: Settings, *, accelerate: bool) -> tuple[Tensor, Tensor]:
     """(B, M) sum_i plan_ij (1 - cost_ij), whose plan is never written, and (B,) the residual."""
-    found = _apply(cost_BNM, theta_BN, gamma_BM, eps, max_iter, tol, relax_patch, relax_concept, accelerate, scores=True)
+    found = _apply(cost_BNM, theta_BN, gamma_BM, *astuple(settings), accelerate, scores=True)
     return found.value, found.residual_B
 
 
@@ -79,11 +58,6 @@ def _tiles(num_concepts: int) -> dict[str, int]:
 def _work(cost_BNM: Tensor, num_vectors: int) -> Tensor:
     B, _, M = cost_BNM.shape
     return cost_BNM.new_empty((B, num_vectors, -(-M // 32) * 32), dtype=torch.float32)
-
-
-def _powers(eps: float, relax_patch: float | None, relax_concept: float | None) -> tuple[float, float]:
-    power_u, power_v = (1.0 if r is None else r / (r + eps) for r in (relax_patch, relax_concept))
-    return power_u, power_v
 
 
 def _apply(cost_BNM: Tensor, *arguments: Any, scores: bool) -> _Solved:
@@ -108,7 +82,7 @@ def _forward(
     B, N, M = cost_BNM.shape
     if B:
         value, log_u_BN, log_v_BM, row_BN, residual_B, num_iter_B = found
-        power_u, power_v = _powers(eps, relax_patch, relax_concept)
+        power_u, power_v = Settings(eps, 0, None, relax_patch, relax_concept).powers
         _FORWARD[(B,)](
             cost_BNM,
             theta_BN,
@@ -163,7 +137,7 @@ def _backward(
     gradients = _empty_gradients(cost_BNM)
     B, N, M = cost_BNM.shape
     if B:
-        power_u, power_v = _powers(eps, relax_patch, relax_concept)
+        power_u, power_v = Settings(eps, 0, None, relax_patch, relax_concept).powers
         strides = (grad.stride(0), 0, grad.stride(1)) if scores else grad.stride()
         _BACKWARD[(B,)](
             cost_BNM,

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dotcbm.transport.plan import TransportPlan
+from dotcbm.transport.plan import Settings, TransportPlan
 
-__all__ = ["attach_gradient", "solve_schur"]
+__all__ = ["attach_gradient"]
 
-_DIRECT = 48  # concepts up to which a factorisation is faster than conjugate gradients (reports/benchmarks)
+_DIRECT = 32  # concepts up to which a factorisation is faster than conjugate gradients (reports/benchmarks)
 _MAX_STEPS = 200
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
 # Curvature over squared length below which a direction is the null direction but for rounding; other eigenvalues are far above.
@@ -42,14 +42,10 @@ def attach_gradient(
     theta_BN: Tensor,
     gamma_BM: Tensor,
     found: TransportPlan,
-    *,
-    eps: float,
-    relax_patch: float | None,
-    relax_concept: float | None,
+    settings: Settings,
 ) -> Tensor:
-    """found.plan_BNM as a function of the other three; what else is in `found` has no gradient."""
-    power_u, power_v = (1.0 if r is None else r / (r + eps) for r in (relax_patch, relax_concept))
-    return _Plan.apply(cost_BNM, theta_BN, gamma_BM, found, eps, power_u, power_v)
+    """found.plan_BNM as a function of the first three; what else is in `found` has no gradient."""
+    return _Plan.apply(cost_BNM, theta_BN, gamma_BM, found, settings.eps, *settings.powers)
 
 
 class _Plan(torch.autograd.Function):
@@ -132,7 +128,7 @@ def _group(
     mean_GN = weighted_GNM.sum(2)
     column_GM = _rows_times(row_GN, soft_GNM)
     right_GM = _rows_times(row_GN, weighted_GNM) - power_u * _rows_times(row_GN * mean_GN, soft_GNM)
-    y_GM = solve_schur(soft_GNM, row_GN, column_GM, right_GM, power_u=power_u, power_v=power_v)
+    y_GM = _solve_schur(soft_GNM, row_GN, column_GM, right_GM, power_u=power_u, power_v=power_v)
     inner_GN = mean_GN - torch.bmm(y_GM[:, None], soft_GNM.transpose(1, 2))[:, 0]
     shift_GNM = soft_GNM.mul_((power_u * inner_GN)[:, :, None] + y_GM[:, None])
     weighted_GNM.sub_(shift_GNM).mul_((row_GN / -eps)[:, :, None])
@@ -145,7 +141,7 @@ def _rows_times(a_GN: Tensor, matrix_GNM: Tensor) -> Tensor:
     return torch.bmm(a_GN[:, None], matrix_GNM)[:, 0]
 
 
-def solve_schur(soft_GNM: Tensor, row_GN: Tensor, column_GM: Tensor, right_GM: Tensor, *, power_u: float, power_v: float) -> Tensor:
+def _solve_schur(soft_GNM: Tensor, row_GN: Tensor, column_GM: Tensor, right_GM: Tensor, *, power_u: float, power_v: float) -> Tensor:
     """(G, M) y of (diag(c) / p_v - p_u S^T diag(r) S) y = right; 0 for a concept without mass."""
     present_GM = column_GM > 0
     scale_GM = torch.where(present_GM, column_GM.where(present_GM, 1.0).rsqrt(), 0.0)

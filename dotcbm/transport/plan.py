@@ -6,7 +6,29 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["TransportPlan", "safe_log", "side_target"]
+__all__ = ["Settings", "TransportPlan", "safe_log", "side_target"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every solver is told; see `dotcbm.transport.sinkhorn.sinkhorn`."""
+
+    eps: float
+    max_iter: int
+    tol: float | None
+    relax_patch: float | None
+    relax_concept: float | None
+
+    @property
+    def powers(self) -> tuple[float, float]:
+        """relax / (relax + eps) of the patches' and the concepts' side: how far an update goes; 1 where balanced."""
+        power_u, power_v = (1.0 if relax is None else relax / (relax + self.eps) for relax in (self.relax_patch, self.relax_concept))
+        return power_u, power_v
+
+    @property
+    def balanced(self) -> bool:
+        """Whether both sides must be met."""
+        return self.relax_patch is None and self.relax_concept is None
 
 
 @dataclass(frozen=True)

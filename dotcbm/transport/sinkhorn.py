@@ -14,16 +14,16 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dotcbm.transport.backend_torch import solve_torch
 from dotcbm.transport.implicit import attach_gradient
-from dotcbm.transport.plan import TransportPlan, safe_log
+from dotcbm.transport.plan import Settings, TransportPlan, safe_log
 from dotcbm.transport.unrolled import solve_unrolled
 
 __all__ = ["Gradient", "Solver", "TransportPlan", "concept_scores", "sinkhorn"]
@@ -95,7 +95,7 @@ def sinkhorn(
     )
     if relax_patch == 0:
         return _free_patches(cost_BNM, theta_BN, gamma_BM, eps=eps)
-    settings = {"eps": eps, "max_iter": max_iter, "tol": tol, "relax_patch": relax_patch, "relax_concept": relax_concept}
+    settings = Settings(eps, max_iter, tol, relax_patch, relax_concept)
     with _full_precision(cost_BNM.device.type):
         result = _solve(cost_BNM, theta_BN, gamma_BM, settings, solver=chosen, gradient=gradient, accelerate=accelerate, check=check)
     if check and tol is not None:
@@ -124,15 +124,15 @@ def concept_scores(
     chosen, prepared, theta_BN, gamma_BM = _prepared(
         cost_BNM, theta_BN, gamma, eps=eps, max_iter=max_iter, tol=tol, solver=solver, relax=(relax_patch, relax_concept), check=check
     )
-    settings = {"eps": eps, "max_iter": max_iter, "tol": tol, "relax_patch": relax_patch, "relax_concept": relax_concept}
+    settings = Settings(eps, max_iter, tol, relax_patch, relax_concept)
     if chosen != "triton" or relax_patch == 0 or torch.compiler.is_exporting():
-        found = sinkhorn(prepared, theta_BN, gamma_BM, solver=chosen, check=False, **settings)
+        found = sinkhorn(prepared, theta_BN, gamma_BM, solver=chosen, check=False, **asdict(settings))
         score_BM, residual_B = (found.plan_BNM * (1 - prepared)).sum(1), found.residual_B
     else:
         from dotcbm.transport.backend_triton import scores_triton
 
         with _full_precision(cost_BNM.device.type):
-            score_BM, residual_B = scores_triton(prepared, theta_BN, gamma_BM, **settings, accelerate=tol is not None)
+            score_BM, residual_B = scores_triton(prepared, theta_BN, gamma_BM, settings, accelerate=tol is not None)
     if check and tol is not None:
         _warn_of_residual(residual_B, eps=eps, tol=tol, max_iter=max_iter)
     return score_BM, residual_B
@@ -202,7 +202,7 @@ def _solve(
     cost_BNM: Tensor,
     theta_BN: Tensor,
     gamma_BM: Tensor,
-    settings: dict[str, Any],
+    settings: Settings,
     *,
     solver: Solver,
     gradient: Gradient,
@@ -210,49 +210,48 @@ def _solve(
     check: bool,
 ) -> TransportPlan:
     differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in (cost_BNM, theta_BN, gamma_BM))
-    accelerate = accelerate and settings["tol"] is not None
+    accelerate = accelerate and settings.tol is not None
     if torch.compiler.is_exporting() if solver == "triton" else torch.compiler.is_compiling():
         # A program that was traced cannot look at values.
-        return solve_unrolled(cost_BNM.to(theta_BN.dtype), theta_BN, gamma_BM, **{**settings, "tol": None})
+        return solve_unrolled(cost_BNM.to(theta_BN.dtype), theta_BN, gamma_BM, replace(settings, tol=None))
     if differentiate and gradient == "unroll":
         return _unrolled(cost_BNM, theta_BN, gamma_BM, settings, solver=solver)
     if solver == "triton":
         from dotcbm.transport.backend_triton import solve_triton
 
-        found = solve_triton(cost_BNM, theta_BN, gamma_BM, **settings, accelerate=accelerate)
+        found = solve_triton(cost_BNM, theta_BN, gamma_BM, settings, accelerate=accelerate)
         # Looking at the residual waits for the device.
-        trusted = not (differentiate and check) or _trusted(found, eps=settings["eps"], max_iter=settings["max_iter"])
+        trusted = not (differentiate and check) or _trusted(found, settings)
         return found if trusted else _unrolled(cost_BNM, theta_BN, gamma_BM, settings, solver=solver)
     with torch.no_grad():
         cost, theta, gamma = cost_BNM.detach(), theta_BN.detach(), gamma_BM.detach()
         if solver == "torch":
-            found = solve_torch(cost, theta, gamma, **settings, accelerate=accelerate)
+            found = solve_torch(cost, theta, gamma, settings, accelerate=accelerate)
         else:
             found = _unrolled(cost, theta, gamma, settings, solver=solver)
     if not differentiate:
         return found
-    if not _trusted(found, eps=settings["eps"], max_iter=settings["max_iter"]):
+    if not _trusted(found, settings):
         return _unrolled(cost_BNM, theta_BN, gamma_BM, settings, solver=solver)
-    relax = {name: settings[name] for name in ("relax_patch", "relax_concept")}
-    plan_BNM = attach_gradient(cost_BNM, theta_BN, gamma_BM, found, eps=settings["eps"], **relax)
-    return replace(found, plan_BNM=plan_BNM)
+    return replace(found, plan_BNM=attach_gradient(cost_BNM, theta_BN, gamma_BM, found, settings))
 
 
-def _unrolled(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings: dict[str, Any], *, solver: Solver) -> TransportPlan:
+def _unrolled(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings: Settings, *, solver: Solver) -> TransportPlan:
     if solver == "pot":
         from dotcbm.transport.backend_pot import solve_pot
 
-        return solve_pot(cost_BNM, theta_BN, gamma_BM, **settings)
-    return solve_unrolled(cost_BNM.to(theta_BN.dtype), theta_BN, gamma_BM, **settings)
+        return solve_pot(cost_BNM, theta_BN, gamma_BM, settings)
+    return solve_unrolled(cost_BNM.to(theta_BN.dtype), theta_BN, gamma_BM, settings)
 
 
-def _trusted(found: TransportPlan, *, eps: float, max_iter: int) -> bool:
+def _trusted(found: TransportPlan, settings: Settings) -> bool:
     """Whether the implicit formula holds there; says so if not."""
     if not bool((found.residual_B > _CONVERGED).any()):
         return True
     # The same words each time, so that Python says it once.
     warnings.warn(
-        f"transport with eps={eps:g} left a residual above {_CONVERGED:g} within max_iter={max_iter}, too much for implicit gradients: "
+        f"transport with eps={settings.eps:g} left a residual above {_CONVERGED:g} within max_iter={settings.max_iter}, too "
+        "much for implicit gradients: "
         "its iterations are unrolled, which takes more time and memory; raise max_iter or eps",
         stacklevel=4,
     )

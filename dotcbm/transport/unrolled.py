@@ -14,29 +14,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dotcbm.transport.plan import TransportPlan, safe_log, side_target
+from dotcbm.transport.plan import Settings, TransportPlan, safe_log, side_target
 
 __all__ = ["solve_unrolled"]
 
 
-def solve_unrolled(
-    cost_BNM: Tensor,
-    theta_BN: Tensor,
-    gamma_BM: Tensor,
-    *,
-    eps: float,
-    max_iter: int,
-    tol: float | None,
-    relax_patch: float | None,
-    relax_concept: float | None,
-) -> TransportPlan:
+def solve_unrolled(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings: Settings) -> TransportPlan:
     """See `dotcbm.transport.sinkhorn.sinkhorn`. Inputs are checked, of one floating type, and batched on every side."""
-    if relax_patch is None and relax_concept is None:
-        return _balanced(cost_BNM, theta_BN, gamma_BM, eps=eps, max_iter=max_iter, tol=tol)
-    return _relaxed(cost_BNM, theta_BN, gamma_BM, eps=eps, max_iter=max_iter, tol=tol, relax_patch=relax_patch, relax_concept=relax_concept)
+    return (_balanced if settings.balanced else _relaxed)(cost_BNM, theta_BN, gamma_BM, settings)
 
 
-def _balanced(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, *, eps: float, max_iter: int, tol: float | None) -> TransportPlan:
+def _balanced(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings: Settings) -> TransportPlan:
+    eps, max_iter, tol = settings.eps, settings.max_iter, settings.tol
     kernel_BNM = cost_BNM * (-1 / eps)
     theta_BN, absent_BN = _split_zeros(theta_BN)
     gamma_BM, absent_BM = _split_zeros(gamma_BM)
@@ -67,23 +56,13 @@ def _balanced(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, *, eps: floa
     )
 
 
-def _relaxed(
-    cost_BNM: Tensor,
-    theta_BN: Tensor,
-    gamma_BM: Tensor,
-    *,
-    eps: float,
-    max_iter: int,
-    tol: float | None,
-    relax_patch: float | None,
-    relax_concept: float | None,
-) -> TransportPlan:
+def _relaxed(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings: Settings) -> TransportPlan:
+    eps, max_iter, tol = settings.eps, settings.max_iter, settings.tol
     kernel_BNM = cost_BNM * (-1 / eps)
     theta_BN, absent_BN = _split_zeros(theta_BN)
     gamma_BM, absent_BM = _split_zeros(gamma_BM)
     log_theta_BN, log_gamma_BM = safe_log(theta_BN) + absent_BN, safe_log(gamma_BM) + absent_BM
-    power_u = 1.0 if relax_patch is None else relax_patch / (relax_patch + eps)
-    power_v = 1.0 if relax_concept is None else relax_concept / (relax_concept + eps)
+    power_u, power_v = settings.powers
 
     f_BN = torch.zeros_like(theta_BN)
     num_iter = 0
@@ -94,7 +73,7 @@ def _relaxed(
         if tol is None and num_iter < max_iter:
             continue
         plan_BNM = ((log_theta_BN + f_BN).unsqueeze(2) + (log_gamma_BM + g_BM).unsqueeze(1) + kernel_BNM).exp()
-        target_BM = side_target(gamma_BM, scaled_potential=g_BM, eps=eps, relax=relax_concept)
+        target_BM = side_target(gamma_BM, scaled_potential=g_BM, eps=eps, relax=settings.relax_concept)
         if num_iter == max_iter or (tol is not None and _below(tol, plan_BNM.sum(1), target_BM)):
             return TransportPlan(
                 plan_BNM=plan_BNM,
