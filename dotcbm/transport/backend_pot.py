@@ -13,7 +13,6 @@ relative change of the scalings. `residual_B` is measured on what it returns, ro
 from __future__ import annotations
 
 import os
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ __all__ = ["solve_pot"]
 
 def solve_pot(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings: Settings) -> TransportPlan:
     """See `dotcbm.transport.sinkhorn.sinkhorn`. Inputs are checked, of one floating type, and batched on every side."""
-    eps, max_iter, tol, relax_patch, relax_concept = astuple(settings)
+    eps, max_iter, tol, relax_patch, relax_concept = settings
     if not len(cost_BNM):  # POT takes the maximum of an empty batch's errors
         return TransportPlan(cost_BNM * 1, theta_BN * 1, gamma_BM * 1, cost_BNM.new_zeros(0), torch.zeros(0, dtype=torch.int32))
     if settings.balanced:

@@ -7,7 +7,6 @@ plain autograd function, which costs the host less (1.15 and 0.70 ms for forward
 
 from __future__ import annotations
 
-from dataclasses import astuple
 from typing import Any, NamedTuple
 
 import torch
@@ -37,13 +36,13 @@ class _Solved(NamedTuple):
 
 def solve_triton(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings: Settings, *, accelerate: bool) -> TransportPlan:
     """See `dotcbm.transport.sinkhorn.sinkhorn`. Inputs are checked and batched on every side; the cost may be in half precision."""
-    found = _apply(cost_BNM, theta_BN, gamma_BM, *astuple(settings), accelerate, scores=False)
+    found = _apply(cost_BNM, theta_BN, gamma_BM, *settings, accelerate, scores=False)
     return TransportPlan(found.value, found.log_u_BN, found.log_v_BM, found.residual_B, found.num_iter_B)
 
 
 def scores_triton(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings: Settings, *, accelerate: bool) -> tuple[Tensor, Tensor]:
     """(B, M) sum_i plan_ij (1 - cost_ij), whose plan is never written, and (B,) the residual."""
-    found = _apply(cost_BNM, theta_BN, gamma_BM, *astuple(settings), accelerate, scores=True)
+    found = _apply(cost_BNM, theta_BN, gamma_BM, *settings, accelerate, scores=True)
     return found.value, found.residual_B
 
 
@@ -51,13 +50,14 @@ def _tiles(num_concepts: int) -> dict[str, int]:
     """Shape of a tile and the warps that share it, by measurement (reports/benchmarks)."""
     pieces = -(-num_concepts // 32)
     num_warps = 16
-    rows = 2 * num_warps if pieces <= 4 else num_warps
+    rows = 2 * num_warps if pieces <= 12 else num_warps
     return {"R": rows, "K": pieces, "V": 1 << (32 * pieces - 1).bit_length(), "num_warps": num_warps}
 
 
-def _work(cost_BNM: Tensor, num_vectors: int) -> Tensor:
+def _work(cost_BNM: Tensor, vectors: tuple[int, int], rows: int) -> Tensor:
     B, _, M = cost_BNM.shape
-    return cost_BNM.new_empty((B, num_vectors, -(-M // 32) * 32), dtype=torch.float32)
+    fixed, tiles = vectors
+    return cost_BNM.new_empty((B, fixed + tiles * rows, -(-M // 32) * 32), dtype=torch.float32)
 
 
 def _apply(cost_BNM: Tensor, *arguments: Any, scores: bool) -> _Solved:
@@ -82,6 +82,7 @@ def _forward(
     B, N, M = cost_BNM.shape
     if B:
         value, log_u_BN, log_v_BM, row_BN, residual_B, num_iter_B = found
+        tiles = _tiles(M)
         power_u, power_v = Settings(eps, 0, None, relax_patch, relax_concept).powers
         _FORWARD[(B,)](
             cost_BNM,
@@ -93,7 +94,7 @@ def _forward(
             row_BN,
             residual_B,
             num_iter_B,
-            _work(cost_BNM, triton_kernels.WORK_FORWARD),
+            _work(cost_BNM, triton_kernels.WORK_FORWARD, tiles["R"]),
             N,
             M,
             *cost_BNM.stride(),
@@ -109,7 +110,7 @@ def _forward(
             RELAX_V=relax_concept is not None,
             ACCELERATE=accelerate,
             SCORE=scores,
-            **_tiles(M),
+            **tiles,
         )
     return found
 
@@ -137,6 +138,7 @@ def _backward(
     gradients = _empty_gradients(cost_BNM)
     B, N, M = cost_BNM.shape
     if B:
+        tiles = _tiles(M)
         power_u, power_v = Settings(eps, 0, None, relax_patch, relax_concept).powers
         strides = (grad.stride(0), 0, grad.stride(1)) if scores else grad.stride()
         _BACKWARD[(B,)](
@@ -148,7 +150,7 @@ def _backward(
             row_BN,
             grad,
             *gradients,
-            _work(cost_BNM, triton_kernels.WORK_BACKWARD),
+            _work(cost_BNM, triton_kernels.WORK_BACKWARD, tiles["R"]),
             N,
             M,
             *cost_BNM.stride(),
@@ -164,7 +166,7 @@ def _backward(
             RELAX_U=relax_patch is not None,
             RELAX_V=relax_concept is not None,
             SCORE=scores,
-            **_tiles(M),
+            **tiles,
         )
     return gradients
 
@@ -178,6 +180,7 @@ def _empty_gradients(cost_BNM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     cost_BNM, theta_BN, gamma_BM, eps, _, _, relax_patch, relax_concept, _, scores = inputs
     _, log_u_BN, log_v_BM, row_BN, residual_B, num_iter_B = output
+    ctx.set_materialize_grads(False)  # else zeros are made for the five that have none
     ctx.mark_non_differentiable(log_u_BN, log_v_BM, row_BN, residual_B, num_iter_B)
     ctx.save_for_backward(cost_BNM, theta_BN, gamma_BM, log_u_BN, log_v_BM, row_BN)
     ctx.settings = (eps, relax_patch, relax_concept, scores)
@@ -192,7 +195,9 @@ class _Eager(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * 10
         return (*_backward(grads[0], *ctx.saved_tensors, *ctx.settings), *(None,) * 7)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 __all__ = ["Settings", "TransportPlan", "safe_log", "side_target"]
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What every solver is told; see `dotcbm.transport.sinkhorn.sinkhorn`."""
 
     eps: float

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -126,7 +126,7 @@ def concept_scores(
     )
     settings = Settings(eps, max_iter, tol, relax_patch, relax_concept)
     if chosen != "triton" or relax_patch == 0 or torch.compiler.is_exporting():
-        found = sinkhorn(prepared, theta_BN, gamma_BM, solver=chosen, check=False, **asdict(settings))
+        found = sinkhorn(prepared, theta_BN, gamma_BM, solver=chosen, check=False, **settings._asdict())
         score_BM, residual_B = (found.plan_BNM * (1 - prepared)).sum(1), found.residual_B
     else:
         from dotcbm.transport.backend_triton import scores_triton
@@ -213,7 +213,7 @@ def _solve(
     accelerate = accelerate and settings.tol is not None
     if torch.compiler.is_exporting() if solver == "triton" else torch.compiler.is_compiling():
         # A program that was traced cannot look at values.
-        return solve_unrolled(cost_BNM.to(theta_BN.dtype), theta_BN, gamma_BM, replace(settings, tol=None))
+        return solve_unrolled(cost_BNM.to(theta_BN.dtype), theta_BN, gamma_BM, settings._replace(tol=None))
     if differentiate and gradient == "unroll":
         return _unrolled(cost_BNM, theta_BN, gamma_BM, settings, solver=solver)
     if solver == "triton":
@@ -283,7 +283,7 @@ def _batched(cost_BNM: Tensor, theta: Tensor, gamma: Tensor) -> tuple[Tensor, Te
         fits = mass.shape[0] == count if mass.ndim == 1 else mass.ndim == 2 and mass.shape[1] == count and mass.shape[0] == B
         if not fits:
             raise ValueError(f"{name} has shape {tuple(mass.shape)}; a cost of shape {(B, N, M)} needs ({count},) or ({B}, {count})")
-        sides.append(mass.expand(B, count))
+        sides.append(mass if mass.ndim == 2 else mass.expand(B, count))
     return sides[0], sides[1]
 
 

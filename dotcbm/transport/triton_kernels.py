@@ -22,7 +22,8 @@ import triton.language as tl
 
 __all__ = ["WORK_BACKWARD", "WORK_FORWARD", "backward_kernel", "forward_kernel"]
 
-WORK_FORWARD, WORK_BACKWARD = 3, 6  # vectors over the concepts that a program of either kernel needs room for
+# Vectors over the concepts that a program of either kernel needs room for, and as many again as so many tiles have rows.
+WORK_FORWARD, WORK_BACKWARD = (3, 1), (5, 2)
 
 _SLOW = tl.constexpr(0.4)  # see backend_torch
 _FLAT = tl.constexpr(1e-6)  # see implicit
@@ -101,10 +102,20 @@ def _plus_weighted(tile, weight, other, K: tl.constexpr):
 
 
 @triton.jit
-def _store_columns(ptr, tile, K: tl.constexpr):
-    """Write the sums over the patches."""
+def _store_parts(ptr, tile, R: tl.constexpr, K: tl.constexpr):
+    """Write a tile for `_columns`: sums across warps in shared memory, piece by piece, would wait K times at a barrier."""
+    rows = tl.arange(0, R)[:, None]
     for j in tl.static_range(K):
-        tl.store(ptr + j * 32 + tl.arange(0, 32)[None, :], tl.sum(tile[j], 0, keep_dims=True))
+        tl.store(ptr + rows * (32 * K) + j * 32 + tl.arange(0, 32)[None, :], tile[j])
+
+
+@triton.jit
+def _columns(ptr, offs, held, R: tl.constexpr, K: tl.constexpr):
+    """Sums over the rows of what `_store_parts` wrote, after a barrier; all warps add in the same order."""
+    total = tl.load(ptr + offs, mask=held, other=0.0)
+    for i in tl.static_range(1, R):
+        total += tl.load(ptr + i * (32 * K) + offs, mask=held, other=0.0)
+    return total
 
 
 @triton.jit
@@ -112,6 +123,13 @@ def _store_tile(ptr, rows, n_ok, tile, M, K: tl.constexpr):
     for j in tl.static_range(K):
         columns = j * 32 + tl.arange(0, 32)[None, :]
         tl.store(ptr + rows * M + columns, tile[j], mask=n_ok & (columns < M))
+
+
+@triton.jit
+def _store_rows(ptr, offs_n, N, value):
+    """Write (R, 1), by the first lane of those that hold a row: to spread it over the lanes would wait at a barrier."""
+    lanes = tl.arange(0, 32)[None, :]
+    tl.store(ptr + tl.minimum(offs_n, N - 1) + lanes, value + tl.zeros((1, 32), tl.float32), mask=(offs_n < N) & (lanes == 0))
 
 
 @triton.jit
@@ -199,9 +217,10 @@ def forward_kernel(
     gamma_ptr += b * gamma_b
     log_u_ptr += b * N
     row_ptr += b * N
-    y_ptr = work_ptr + b * (3 * 32 * K)
+    y_ptr = work_ptr + b * ((3 + R) * 32 * K)
     mapped_ptr = y_ptr + 32 * K
     column_ptr = mapped_ptr + 32 * K
+    part_ptr = column_ptr + 32 * K
     offs = tl.arange(0, V)
     held = offs < 32 * K
     # In halves where there are many: what a column needs on the way would not fit into registers.
@@ -233,12 +252,12 @@ def forward_kernel(
             if RELAX_U:
                 weight = tl.where(theta > 0, weight * tl.exp2((1 - power_u) * (most + tl.log2(total))), 0.0)
             sums = _plus_weighted(sums, weight, e, K)
-        _store_columns(column_ptr, sums, K)
+        _store_parts(part_ptr, sums, R, K)
         tl.debug_barrier()
         gamma = tl.load(gamma_ptr + offs * gamma_m, mask=offs < M, other=0.0).to(tl.float32)
         ok = gamma > 0
         log_gamma = tl.log2(tl.where(ok, gamma, 1.0))
-        column = tl.load(column_ptr + offs, mask=held, other=0.0)
+        column = _columns(part_ptr, offs, held, R, K)
         y = tl.load(y_ptr + offs, mask=held, other=_NOTHING)
         mapped = tl.load(mapped_ptr + offs, mask=held, other=_NOTHING)
         target = gamma
@@ -283,8 +302,8 @@ def forward_kernel(
         if RELAX_U:
             weight = tl.where(theta > 0, weight * tl.exp2((1 - power_u) * row), 0.0)
         log_u = tl.where(theta > 0, (tl.log2(tl.where(theta > 0, theta, 1.0)) - power_u * row) * _LN2, _NO)
-        tl.store(log_u_ptr + offs_n, log_u, mask=n_ok)
-        tl.store(row_ptr + offs_n, row, mask=n_ok)
+        _store_rows(log_u_ptr, offs_n, N, log_u)
+        _store_rows(row_ptr, offs_n, N, row)
         plan = ()
         for j in tl.static_range(K):
             plan = plan + (weight * e[j] * (1 - cost[j]) if SCORE else weight * e[j],)
@@ -384,12 +403,12 @@ def backward_kernel(
     log_u_ptr += b * N
     row_ptr += b * N
     d_theta_ptr += b * N
-    v_ptr = work_ptr + b * (6 * 32 * K)
-    image_ptr = v_ptr + 32 * K
-    scaled_ptr = image_ptr + 32 * K  # what a tile is multiplied by
+    v_ptr = work_ptr + b * ((5 + 2 * R) * 32 * K)
+    scaled_ptr = v_ptr + 32 * K  # what a tile is multiplied by
     solved_ptr = scaled_ptr + 32 * K
     rest_ptr = solved_ptr + 32 * K
     to_ptr = rest_ptr + 32 * K
+    part_ptr = to_ptr + 32 * K
     offs = tl.arange(0, V)
     held = offs < 32 * K
     gamma = tl.load(gamma_ptr + b * gamma_b + offs * gamma_m, mask=offs < M, other=0.0).to(tl.float32)
@@ -406,13 +425,13 @@ def backward_kernel(
         mean = _sum_rows(w, K)
         columns = _plus_weighted(columns, mass, s, K)
         right = _plus_weighted(_plus_weighted(right, mass, w, K), -power_u * mean * mass, s, K)
-        tl.store(d_theta_ptr + rows, mean, mask=n_ok)
-    _store_columns(scaled_ptr, columns, K)
-    _store_columns(image_ptr, right, K)
+        _store_rows(d_theta_ptr, start + tl.arange(0, R)[:, None], N, mean)
+    _store_parts(part_ptr, columns, R, K)
+    _store_parts(part_ptr + R * 32 * K, right, R, K)
     tl.debug_barrier()
-    column = tl.load(scaled_ptr + offs, mask=held, other=0.0)
+    column = _columns(part_ptr, offs, held, R, K)
     scaling = tl.where(column > 0, tl.rsqrt(tl.maximum(column, _TINY)), 0.0)
-    rest = scaling * tl.load(image_ptr + offs, mask=held, other=0.0)
+    rest = scaling * _columns(part_ptr + R * 32 * K, offs, held, R, K)
     square = tl.sum(rest * rest, 0)
     enough = square * tolerance * tolerance
     tl.store(scaled_ptr + offs, scaling * rest, mask=held)
@@ -428,11 +447,11 @@ def backward_kernel(
             rows, n_ok, row, mass = _patches(theta_ptr, log_u_ptr, row_ptr, start, N, theta_n, R, RELAX_U)
             s = _shares(v, _tile(cost_ptr, rows, cost_n, cost_m, M, K, 0, K), row, scale, K)
             image = _plus_weighted(image, mass * _sum_rows(_times(s, direction, K), K), s, K)
-        _store_columns(image_ptr, image, K)
+        _store_parts(part_ptr, image, R, K)
         tl.debug_barrier()
         to = tl.load(to_ptr + offs, mask=held, other=0.0)
         rest = tl.load(rest_ptr + offs, mask=held, other=0.0)
-        full = to / power_v - power_u * scaling * tl.load(image_ptr + offs, mask=held, other=0.0)
+        full = to / power_v - power_u * scaling * _columns(part_ptr, offs, held, R, K)
         curvature = tl.sum(to * full, 0)
         bent = curvature > tl.sum(to * to, 0) * _FLAT
         step = tl.where(bent, square / tl.where(bent, curvature, 1.0), 0.0)
@@ -468,4 +487,4 @@ def backward_kernel(
         _store_tile(d_cost_ptr + b * N * M, rows, n_ok, out, M, K)
         if RELAX_U:
             inner *= tl.exp2((1 - power_u) * row)
-        tl.store(d_theta_ptr + rows, tl.where(theta > 0, inner, 0.0), mask=n_ok)
+        _store_rows(d_theta_ptr, start + tl.arange(0, R)[:, None], N, tl.where(theta > 0, inner, 0.0))

@@ -29,13 +29,20 @@ def numbers(record: Any) -> Iterator[float]:
 def test_every_table_comes_out_with_finite_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     main(["--quick", "--repeats", "2", "--out", str(tmp_path)])
     printed, text = capsys.readouterr().out, (tmp_path / "transport_cpu.md").read_text(encoding="utf-8")
-    for title in ("Correctness", "equal residual (4, 16, 6)", "50 passes (3, 9, 20)", "training step", "cached epoch"):
+    for title in (
+        "Correctness",
+        "equal residual (4, 16, 6)",
+        "50 passes (3, 9, 20)",
+        "scores without the plan",
+        "training step",
+        "cached epoch",
+    ):
         assert title in printed
         assert f"## {title}" in text
 
     raw = json.loads((tmp_path / "transport_cpu.json").read_text(encoding="utf-8"))
     assert raw["about"]["command"].startswith("python -m tests.benchmarks.transport --quick")
-    for kind in ("correctness", "solvers", "training_step", "cached_epoch"):
+    for kind in ("correctness", "solvers", "readout", "training_step", "cached_epoch"):
         assert raw[kind], kind
         for row in raw[kind]:
             assert all(math.isfinite(x) for x in numbers(row)), row

@@ -4,8 +4,8 @@ From the repository's root:
 
     python -m tests.benchmarks.transport --device cuda --out reports/benchmarks
 
-Sections: correctness, each size at equal residual and at 50 passes, memory and floor (CUDA), the training step and the cached epoch
-(CUDA, or tiny with --quick). `--only` picks sections by a part of their name.
+Sections: correctness, each size at equal residual and at 50 passes, memory and floor (CUDA), scores without the plan, the training step
+and the cached epoch (CUDA, or tiny with --quick). `--only` picks sections by a part of their name.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rich.console import Console
 from .comparison import Hardware, Mode, Row, compare, floor_table, memory_table, time_table
 from .correctness import correctness_table, measure_errors
 from .problems import Size
+from .readout import measure_readout, readout_table
 from .rivals import methods
 from .tables import Table
 from .timing import one_thread
@@ -116,8 +117,14 @@ def _measure(report: _Report, given: argparse.Namespace, device: torch.device) -
             report.add(memory_table(f"memory, {mode}", rows))
             report.add(floor_table(f"floor, {mode}", rows, hardware))
             report.keep("solvers", [])
+    sizes_read = SIZES["quick" if given.quick else device.type] if given.quick or device.type == "cuda" else []
+    if wanted("scores without the plan") and sizes_read:
+        ways = [row for size in sizes_read for row in measure_readout(size, eps=given.eps, device=device, repeats=repeats)]
+        report.add(readout_table("scores without the plan", ways))
+        report.keep("readout", ways)
+        _free(device)
     if not given.quick and device.type == "cpu":
-        report.console.print("training step, cached epoch: on CUDA, or tiny with --quick\n")
+        report.console.print("scores without the plan, training step, cached epoch: on CUDA, or tiny with --quick\n")
         return
     if wanted("training step"):
         sizes = TINY_STEP if given.quick else LiveStep()
