@@ -20,7 +20,7 @@ __all__ = ["scores_triton", "solve_triton"]
 _FORWARD: Any = triton_kernels.forward_kernel  # called as kernel[grid](...), which no checker understands
 _BACKWARD: Any = triton_kernels.backward_kernel
 _LOG2E = 1.4426950408889634
-_CG_STEPS, _CG_TOLERANCE = 100, 1e-5
+_CG_STEPS = 100
 
 
 class _Solved(NamedTuple):
@@ -133,6 +133,7 @@ def _backward(
     eps: float,
     relax_patch: float | None,
     relax_concept: float | None,
+    tolerance: float,
     scores: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = _empty_gradients(cost_BNM)
@@ -159,7 +160,7 @@ def _backward(
             *strides,
             _LOG2E / eps,
             1 / eps,
-            _CG_TOLERANCE,
+            tolerance,
             _CG_STEPS,
             power_u,
             power_v,
@@ -178,12 +179,13 @@ def _empty_gradients(cost_BNM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    cost_BNM, theta_BN, gamma_BM, eps, _, _, relax_patch, relax_concept, _, scores = inputs
+    cost_BNM, theta_BN, gamma_BM, eps, max_iter, tol, relax_patch, relax_concept, _, scores = inputs
     _, log_u_BN, log_v_BM, row_BN, residual_B, num_iter_B = output
     ctx.set_materialize_grads(False)  # else zeros are made for the five that have none
     ctx.mark_non_differentiable(log_u_BN, log_v_BM, row_BN, residual_B, num_iter_B)
     ctx.save_for_backward(cost_BNM, theta_BN, gamma_BM, log_u_BN, log_v_BM, row_BN)
-    ctx.settings = (eps, relax_patch, relax_concept, scores)
+    tolerance = Settings(eps, max_iter, tol, relax_patch, relax_concept).adjoint_tolerance
+    ctx.settings = (eps, relax_patch, relax_concept, tolerance, scores)
 
 
 class _Eager(torch.autograd.Function):

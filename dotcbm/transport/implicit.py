@@ -31,7 +31,7 @@ __all__ = ["attach_gradient"]
 
 _DIRECT = 32  # concepts up to which a factorisation is faster than conjugate gradients (reports/benchmarks)
 _MAX_STEPS = 200
-_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
+_TOLERANCE_FLOAT64 = 1e-13
 # Curvature over squared length below which a direction is the null direction but for rounding; other eigenvalues are far above.
 _FLAT = {torch.float32: 1e-6, torch.float64: 1e-14}
 _GROUP_ELEMENTS = 2**21  # see backend_torch
@@ -45,26 +45,23 @@ def attach_gradient(
     settings: Settings,
 ) -> Tensor:
     """found.plan_BNM as a function of the first three; what else is in `found` has no gradient."""
-    return _Plan.apply(cost_BNM, theta_BN, gamma_BM, found, settings.eps, *settings.powers)
+    return _Plan.apply(cost_BNM, theta_BN, gamma_BM, found, settings)
 
 
 class _Plan(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, found: TransportPlan, eps: float, power_u: float, power_v: float
-    ) -> Tensor:
+    def forward(ctx: Any, cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, found: TransportPlan, settings: Settings) -> Tensor:
         ctx.save_for_backward(cost_BNM, theta_BN, gamma_BM, found.log_u_BN, found.log_v_BM)
-        ctx.settings = (eps, power_u, power_v)
+        ctx.settings = settings
         return found.plan_BNM
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         cost_BNM, theta_BN, gamma_BM, log_u_BN, log_v_BM = ctx.saved_tensors
-        eps, power_u, power_v = ctx.settings
         with torch.autocast(cost_BNM.device.type, enabled=False):
-            gradients = _gradients(grads[0], cost_BNM, theta_BN, gamma_BM, log_u_BN, log_v_BM, eps=eps, power_u=power_u, power_v=power_v)
-        return (*gradients, None, None, None, None)
+            gradients = _gradients(grads[0], cost_BNM, theta_BN, gamma_BM, log_u_BN, log_v_BM, settings=ctx.settings)
+        return (*gradients, None, None)
 
 
 def _gradients(
@@ -75,9 +72,7 @@ def _gradients(
     log_u_BN: Tensor,
     log_v_BM: Tensor,
     *,
-    eps: float,
-    power_u: float,
-    power_v: float,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, N, M = cost_BNM.shape
     d_cost, d_theta, d_gamma = (
@@ -95,9 +90,7 @@ def _gradients(
             gamma_BM[rows],
             log_u_BN[rows],
             log_v_BM[rows],
-            eps=eps,
-            power_u=power_u,
-            power_v=power_v,
+            settings=settings,
             out_GNM=d_cost[rows],
         )
     return d_cost, d_theta, d_gamma
@@ -111,12 +104,11 @@ def _group(
     log_u_GN: Tensor,
     log_v_GM: Tensor,
     *,
-    eps: float,
-    power_u: float,
-    power_v: float,
+    settings: Settings,
     out_GNM: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of theta and gamma; that of the cost goes to out_GNM."""
+    eps, (power_u, power_v) = settings.eps, settings.powers
     soft_GNM = torch.sub(log_v_GM[:, None], cost_GNM, alpha=1 / eps)
     if power_u == 1:
         row_GN, row_over_theta_GN = theta_GN, torch.ones_like(theta_GN)
@@ -128,7 +120,7 @@ def _group(
     mean_GN = weighted_GNM.sum(2)
     column_GM = _rows_times(row_GN, soft_GNM)
     right_GM = _rows_times(row_GN, weighted_GNM) - power_u * _rows_times(row_GN * mean_GN, soft_GNM)
-    y_GM = _solve_schur(soft_GNM, row_GN, column_GM, right_GM, power_u=power_u, power_v=power_v)
+    y_GM = _solve_schur(soft_GNM, row_GN, column_GM, right_GM, settings)
     inner_GN = mean_GN - torch.bmm(y_GM[:, None], soft_GNM.transpose(1, 2))[:, 0]
     shift_GNM = soft_GNM.mul_((power_u * inner_GN)[:, :, None] + y_GM[:, None])
     weighted_GNM.sub_(shift_GNM).mul_((row_GN / -eps)[:, :, None])
@@ -141,40 +133,41 @@ def _rows_times(a_GN: Tensor, matrix_GNM: Tensor) -> Tensor:
     return torch.bmm(a_GN[:, None], matrix_GNM)[:, 0]
 
 
-def _solve_schur(soft_GNM: Tensor, row_GN: Tensor, column_GM: Tensor, right_GM: Tensor, *, power_u: float, power_v: float) -> Tensor:
+def _solve_schur(soft_GNM: Tensor, row_GN: Tensor, column_GM: Tensor, right_GM: Tensor, settings: Settings) -> Tensor:
     """(G, M) y of (diag(c) / p_v - p_u S^T diag(r) S) y = right; 0 for a concept without mass."""
     present_GM = column_GM > 0
     scale_GM = torch.where(present_GM, column_GM.where(present_GM, 1.0).rsqrt(), 0.0)
     if column_GM.shape[1] <= _DIRECT:
-        return _direct(soft_GNM, row_GN, right_GM, scale_GM, singular=power_u == power_v == 1, power_u=power_u, power_v=power_v)
-    return _conjugate_gradients(soft_GNM, row_GN, right_GM, scale_GM, power_u=power_u, power_v=power_v)
+        return _direct(soft_GNM, row_GN, right_GM, scale_GM, settings)
+    return _conjugate_gradients(soft_GNM, row_GN, right_GM, scale_GM, settings)
 
 
-def _direct(
-    soft_GNM: Tensor, row_GN: Tensor, right_GM: Tensor, scale_GM: Tensor, *, singular: bool, power_u: float, power_v: float
-) -> Tensor:
-    """By Cholesky, scaled to a unit diagonal of c. The null direction sqrt(c) is lifted to eigenvalue 1."""
+def _direct(soft_GNM: Tensor, row_GN: Tensor, right_GM: Tensor, scale_GM: Tensor, settings: Settings) -> Tensor:
+    """By Cholesky, scaled to a unit diagonal of c. The null direction sqrt(c) of a balanced problem is lifted to eigenvalue 1."""
+    power_u, power_v = settings.powers
     half_GNM = soft_GNM * row_GN.sqrt()[:, :, None] * scale_GM[:, None]
     identity_MM = torch.eye(right_GM.shape[1], dtype=right_GM.dtype, device=right_GM.device)
     matrix_GMM = identity_MM / power_v - power_u * half_GNM.transpose(1, 2) @ half_GNM
-    if singular:
+    if settings.balanced:
         null_GM = torch.where(scale_GM > 0, 1 / scale_GM.where(scale_GM > 0, 1.0), 0.0)
         null_GM = null_GM / null_GM.norm(dim=1, keepdim=True).clamp_min(torch.finfo(null_GM.dtype).tiny)
         matrix_GMM = matrix_GMM + null_GM[:, :, None] * null_GM[:, None]
     factor_GMM, failed_G = torch.linalg.cholesky_ex(matrix_GMM)
     solved_GM = torch.cholesky_solve((scale_GM * right_GM)[:, :, None], factor_GMM)[:, :, 0]
     if bool((failed_G > 0).any()):  # concepts that no patch tells apart: singular to rounding
-        rest_GM = _conjugate_gradients(soft_GNM, row_GN, right_GM, scale_GM, power_u=power_u, power_v=power_v)
+        rest_GM = _conjugate_gradients(soft_GNM, row_GN, right_GM, scale_GM, settings)
         return torch.where((failed_G > 0)[:, None], rest_GM, scale_GM * solved_GM)
     return scale_GM * solved_GM
 
 
-def _conjugate_gradients(soft_GNM: Tensor, row_GN: Tensor, right_GM: Tensor, scale_GM: Tensor, *, power_u: float, power_v: float) -> Tensor:
-    """On the matrix scaled to a unit diagonal of c, each picture until its residual has fallen by `_TOLERANCE`."""
+def _conjugate_gradients(soft_GNM: Tensor, row_GN: Tensor, right_GM: Tensor, scale_GM: Tensor, settings: Settings) -> Tensor:
+    """On the matrix scaled to a unit diagonal of c, each picture until its residual has fallen by `adjoint_tolerance` (float64: 1e-13)."""
+    power_u, power_v = settings.powers
+    tolerance = _TOLERANCE_FLOAT64 if right_GM.dtype == torch.float64 else settings.adjoint_tolerance
     residual_GM = scale_GM * right_GM
     solved_GM, direction_GM = torch.zeros_like(residual_GM), residual_GM
     square_G = residual_GM.square().sum(1)
-    enough_G = square_G * _TOLERANCE[square_G.dtype] ** 2
+    enough_G = square_G * tolerance**2
     for _ in range(min(_MAX_STEPS, 2 * right_GM.shape[1])):
         open_G = square_G > enough_G
         if not bool(open_G.any()):

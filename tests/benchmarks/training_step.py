@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from dotcbm.structures import PatchFeatures
 from dotcbm.transport.cost import cosine_similarity
 from dotcbm.transport.priors import patch_prior
+from dotcbm.transport.sinkhorn import concept_scores
 
 from .problems import Inputs
 from .rivals import ours_name, pot_batch, solve_ours
@@ -27,7 +28,7 @@ from .timing import NUM_SETS, Samples, interleave
 
 __all__ = ["CachedEpoch", "LiveStep", "StepRow", "cached_epoch", "epoch_table", "live_steps", "step_table"]
 
-# (cost, theta, gamma) to the plan.
+# (cosine, theta, gamma) to (B, M), the sums over patches of plan * cosine.
 Transport = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 FIXED_PLAN = "fixed plan"
@@ -102,8 +103,7 @@ class Head(nn.Module):
         features = PatchFeatures(patch_BND, patch_BND[:, 0], (1, N))  # the norm prior reads neither global token nor grid
         theta_BN = patch_prior("norm", features, temperature=0.5)
         cosine_BNM = cosine_similarity(*self.adapted(patch_BND))
-        plan_BNM = transport(1 - cosine_BNM, theta_BN, self.gamma_M.expand(B, -1))
-        return self.scale_M * (plan_BNM * cosine_BNM).sum(1) / self.gamma_M + self.bias_M
+        return self.scale_M * transport(cosine_BNM, theta_BN, self.gamma_M.expand(B, -1)) / self.gamma_M + self.bias_M
 
 
 def live_steps(sizes: LiveStep, *, eps: float, device: torch.device, repeats: int) -> list[StepRow]:
@@ -149,7 +149,7 @@ def cached_epoch(sizes: CachedEpoch, *, eps: float, device: torch.device, repeat
         given_MD = torch.randn(sizes.num_concepts, SHARED_WIDTH, device=device, dtype=torch.bfloat16)
     transports = _transports((sizes.batch, sizes.num_patches, sizes.num_concepts), eps, device)
 
-    def epoch(transport: Transport | None, optimiser: torch.optim.Optimizer, index: int) -> None:
+    def epoch(transport: Transport | None, run: Callable[..., Tensor], optimiser: torch.optim.Optimizer, index: int) -> None:
         for cached_BND, wanted_BM in zip(feature_BND.split(sizes.batch), target_BM.split(sizes.batch), strict=True):
             patch_BND = cached_BND.to(device, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16):
@@ -157,14 +157,17 @@ def cached_epoch(sizes: CachedEpoch, *, eps: float, device: torch.device, repeat
                     # Adapters alone have no loss: their backward pass starts from given gradients.
                     ends, gradients = head.adapted(patch_BND), (given_BND[: len(patch_BND)], given_MD)
                 else:
-                    ends, gradients = F.binary_cross_entropy_with_logits(head(patch_BND, transport), wanted_BM), None
+                    ends, gradients = F.binary_cross_entropy_with_logits(run(patch_BND, transport), wanted_BM), None
             torch.autograd.backward(ends, gradients)
             optimiser.step()
             optimiser.zero_grad()
 
     optimiser = _optimiser([*head.parameters()], device)
-    calls = {ADAPTERS_ALONE: partial(epoch, None, optimiser)}
-    calls |= {name: partial(epoch, transport, optimiser) for name, transport in transports.items()}
+    calls = {ADAPTERS_ALONE: partial(epoch, None, head, optimiser)}
+    calls |= {name: partial(epoch, transport, head, optimiser) for name, transport in transports.items()}
+    if device.type == "cuda":  # in Triton's interpreter nothing is compiled
+        compiled = torch.compile(head)
+        calls |= {f"{name}, torch.compile": partial(epoch, transports[name], compiled, optimiser) for name in list(transports)[:3]}
     return _rows("cached", interleave(calls, device=device, repeats=repeats), baseline=ADAPTERS_ALONE)
 
 
@@ -192,18 +195,21 @@ def _transports(shape: tuple[int, int, int], eps: float, device: torch.device) -
     plan_BNM = torch.full(shape, 1 / (N * M), device=device)
     solver: Literal["torch", "triton"] = "triton" if device.type == "cuda" else "torch"
 
-    def ours(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor) -> Tensor:
-        return solve_ours(_inputs(cost_BNM, theta_BN, gamma_BM), eps, PASSES, None, solver=solver)[0]
+    def fixed(cosine_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor) -> Tensor:
+        del theta_BN, gamma_BM
+        return (plan_BNM[: len(cosine_BNM)] * cosine_BNM).sum(1)
 
-    def pot(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor) -> Tensor:
+    def ours(cosine_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor) -> Tensor:
+        return (solve_ours(_inputs(1 - cosine_BNM, theta_BN, gamma_BM), eps, PASSES, None, solver=solver)[0] * cosine_BNM).sum(1)
+
+    def scores(cosine_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor) -> Tensor:
+        return concept_scores(1 - cosine_BNM, theta_BN, gamma_BM, eps=eps, max_iter=PASSES, tol=None, solver=solver, check=False)[0]
+
+    def pot(cosine_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor) -> Tensor:
         with torch.autocast(device.type, enabled=False):
-            return pot_batch(_inputs(cost_BNM, theta_BN, gamma_BM), eps, PASSES, None)[0]
+            return (pot_batch(_inputs(1 - cosine_BNM, theta_BN, gamma_BM), eps, PASSES, None)[0] * cosine_BNM).sum(1)
 
-    return {
-        FIXED_PLAN: lambda cost_BNM, theta_BN, gamma_BM: plan_BNM[: len(cost_BNM)],
-        ours_name(solver): ours,
-        "POT solve_batch, autodiff": pot,
-    }
+    return {FIXED_PLAN: fixed, ours_name(solver): ours, f"{ours_name(solver)}, scores alone": scores, "POT solve_batch, autodiff": pot}
 
 
 def _inputs(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor) -> Inputs:

@@ -228,7 +228,7 @@ def test_the_operators_are_registered_as_torch_wants_them():
             test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
         )
     found = backend_triton._forward(cost, theta, gamma, *settings, False)
-    inputs = (torch.ones_like(cost), cost, theta, gamma, *found[1:4], 0.1, None, None, False)
+    inputs = (torch.ones_like(cost), cost, theta, gamma, *found[1:4], 0.1, None, None, 1e-5, False)
     torch.library.opcheck(backend_triton._gradient_operator, inputs, test_utils=("test_schema", "test_faketensor"))
 
 
