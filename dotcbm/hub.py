@@ -76,7 +76,7 @@ def describe(model: ConceptModel) -> dict[str, Any]:
         "encoder": {
             "settings": encoder.settings,
             "blueprint": encoder.blueprint,
-            "fingerprint": encoder.fingerprint(),
+            "fingerprint": encoder.fingerprint(any_budget=True),
             "preprocessing": encoder.preprocessing.to_dict(),
             "frozen": not encoder.trainable,
         },
@@ -115,7 +115,7 @@ def save_pretrained(model: ConceptModel, directory: str | Path, *, card: CardInf
     directory = Path(directory)
     _check_replaceable(directory)
     check_removed(model.bottleneck.head, model.edits, where="this model")
-    if not include_encoder and (model.encoder.trainable or not model.encoder.settings["pretrained"]):
+    if not include_encoder and not model.encoder.has_source:
         raise ValueError("this encoder was trained here or drawn at random and exists nowhere else; save it too (include_encoder=True)")
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
@@ -314,15 +314,16 @@ def _encoder(stored: _Stored) -> ImageEncoder:
     if encoder.preprocessing != expected:
         raise ValueError(f"{where}: {name} prepares pictures by {encoder.preprocessing}; the model was trained with {expected}")
     # The fingerprint in a checkpoint of a trained encoder is that of the weights that training started from.
-    if (told["frozen"] or stored.where.is_dir()) and encoder.fingerprint() != told["fingerprint"]:
+    fingerprint = encoder.fingerprint(any_budget=True)
+    if (told["frozen"] or stored.where.is_dir()) and fingerprint != told["fingerprint"]:
         if weights:
             found = "in the file are damaged"
-        elif settings["pretrained"]:
+        elif encoder.has_source:
             found = "on this machine are others than those that the model was trained with"
         else:
             found = "were drawn at random, and the file does not hold them. The folder `model` of the run does"
         raise ValueError(
-            f"{where}: the fingerprint of the encoder {name} is {encoder.fingerprint()[:12]}, expected {told['fingerprint'][:12]}: its "
+            f"{where}: the fingerprint of the encoder {name} is {fingerprint[:12]}, expected {told['fingerprint'][:12]}: its "
             f"weights {found}. Save the model with its encoder (include_encoder=True) where it was trained, or get the same weights"
         )
     return encoder

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "audit": ("dotcbm.cli.audit", "Say what a model gets wrong, where it looks and what its concepts are worth: one HTML file"),
     "compare": ("dotcbm.cli.compare", "Put several audits side by side, with intervals of the differences"),
     "edit": ("dotcbm.cli.edit", "Remove or re-weight concepts, fit the class head anew, and show what that changed"),
+    "grow": ("dotcbm.cli.grow", "Make a larger model from a trained one: more layers, more experts"),
     "study": ("dotcbm.cli.study", "Train many methods on several seeds and compare them in one table"),
     "list": ("dotcbm.cli.listing", "List data sources, encoders, models, configs or metrics"),
     "doctor": ("dotcbm.cli.doctor", "Say what is installed, what is cached and what is missing"),
@@ -33,7 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 # Packages of the extras; whoever lacks one of an extra needs all of them.
 _TRAIN = ("jsonargparse", "lightning", "pyarrow", "torchmetrics")
 _AUDIT = ("jinja2", "scipy")
-_TRAINING = ("audit", "demo", "edit", "fit", "study", "test", "validate")
+_TRAINING = ("audit", "demo", "edit", "fit", "grow", "study", "test", "validate")
 _AUDITING = ("audit", "edit")
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dotcbm.models.concept_model import ConceptModel
+from dotcbm.moe.layer import MoELayer
 
 __all__ = ["ExportedModel"]
 
@@ -18,6 +19,9 @@ class ExportedModel(nn.Module):
     def __init__(self, model: ConceptModel) -> None:
         super().__init__()
         self.model = deepcopy(model).cpu().float().eval()
+        for module in self.model.modules():
+            if isinstance(module, MoELayer):
+                module.backend = "dense"  # the others sort tokens by expert, in shapes that depend on the picture
         with torch.no_grad():
             found = self.model(torch.zeros(1, 3, *model.preprocessing.size))
         self.outputs: tuple[str, ...] = ("concepts", "classes")

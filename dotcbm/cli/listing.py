@@ -75,12 +75,13 @@ def _encoders(word: str | None) -> Table:
     import timm
 
     from dotcbm.cli.weights import cached_models
+    from dotcbm.encoders.vit_moe_settings import SIZES, vit_moe_names
 
     timm_names = [f"timm/{name}" for name in timm.list_models(pretrained=False)]
     clip_names = _clip_names()
     if word is not None:
         table = _table(f"Encoders with {word!r} in their name", "name", "")
-        known = [f"timm/{name}" for name in timm.list_pretrained()] + timm_names + (clip_names or [])
+        known = [f"timm/{name}" for name in timm.list_pretrained()] + timm_names + (clip_names or []) + vit_moe_names()
         for name in sorted({name for name in known if word.lower() in name.lower()}):
             table.add_row(name, "")
         return table
@@ -88,6 +89,7 @@ def _encoders(word: str | None) -> Table:
     table.add_row("timm/<model>[.tag]", f"{len(timm_names)} architectures; dotcbm list encoders --find WORD")
     clip = "needs open_clip: pip install 'dotcbm\\[clip]'" if clip_names is None else f"{len(clip_names)} models and tags"
     table.add_row("open_clip/<arch>[@tag]".replace("[", "\\["), clip)
+    table.add_row("vit_moe/<size>", f"a ViT with sparse experts; sizes: {', '.join(SIZES)}")
     table.add_row("local-dir:<path>", "a folder in timm's format (config.json, model.safetensors) or open_clip's")
     for name, size in cached_models():
         table.add_row(f"  {name}", f"cached on this machine, {size}")

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 
 from dotcbm.encoders.timm_tower import TimmTower, timm_from_blueprint, timm_from_directory, timm_from_name
 from dotcbm.encoders.tower import Tower
+from dotcbm.encoders.vit_moe import active_experts, vit_moe_from_blueprint, vit_moe_from_name
+from dotcbm.encoders.vit_moe_settings import check_budget
 from dotcbm.encoders.weights import MissingWeightsError, weights_digest
+from dotcbm.moe.matryoshka import set_budget
 from dotcbm.structures import PatchFeatures, Preprocessing, ResizeMode
 
 __all__ = ["ImageEncoder", "MissingWeightsError"]
@@ -50,11 +54,14 @@ class ImageEncoder(nn.Module):
         allow_download: bool = False,
         trainable: bool = False,
         detail: bool = True,
+        moe: dict[str, Any] | None = None,
+        budget: int | list[int] | None = None,
         blueprint: dict[str, Any] | None = None,
     ) -> None:
         """Args:
         name: "timm/<model>[.tag]", "open_clip/<arch>[@tag]", or "local-dir:<path>" of a folder in timm's format
-            (config.json, model.safetensors) or open_clip's (open_clip_config.json, open_clip_model.safetensors).
+            (config.json, model.safetensors) or open_clip's (open_clip_config.json, open_clip_model.safetensors); or "vit_moe/<size>", a
+            ViT with sparse experts (`dotcbm.encoders.vit_moe`), whose pretrained weights are those of its dense base, upcycled.
         image_size: Side of the input in pixels; None takes the model's own. Position embeddings are resampled.
         resize: "squash" shows the encoder the whole picture; "crop" the part that the model was evaluated on.
         layer: None for the last features; else an intermediate block or stage, from 0 or, negative, from the end.
@@ -86,12 +93,16 @@ class ImageEncoder(nn.Module):
             "allow_download": allow_download,
             "trainable": trainable,
             "detail": detail,
+            "moe": None if moe is None else json.loads(json.dumps(dict(moe))),
+            "budget": budget,
         }
+        if not name.startswith("vit_moe/") and (moe is not None or budget is not None):
+            raise ValueError(f"{name} has no experts, which moe and budget are settings of; leave both out (null) or name a vit_moe/<size>")
         if blueprint is not None:
-            tower = _from_blueprint(blueprint, layer=layer)
+            tower = _from_blueprint(blueprint, layer=layer, moe=moe)
         else:
             try:
-                tower = _from_name(name, image_size=image_size, layer=layer, pretrained=pretrained, allow_download=allow_download)
+                tower = _from_name(name, image_size=image_size, layer=layer, pretrained=pretrained, allow_download=allow_download, moe=moe)
             except OSError as error:
                 if not allow_download or isinstance(error, MissingWeightsError):
                     raise
@@ -101,6 +112,9 @@ class ImageEncoder(nn.Module):
         if resize == "squash":
             self.preprocessing = replace(tower.preprocessing, resize="squash", crop_fraction=1.0)
         self.tower = tower.module
+        self._trained_k = active_experts(self.tower) if name.startswith("vit_moe/") else []
+        if budget is not None:
+            self.set_budget(budget)
         self.requires_grad_(trainable)
         if trainable:
             self.tower.to(memory_format=torch.channels_last)  # convolutions train nearly twice as fast so
@@ -133,8 +147,36 @@ class ImageEncoder(nn.Module):
         super().train(mode and self.trainable)
         return self
 
-    def fingerprint(self) -> str:
-        """A sha256 over architecture, layers, preprocessing and every weight; not over the name or the folder they came from."""
+    @property
+    def has_source(self) -> bool:
+        """Whether its weights can be had again: not if they were trained here, drawn at random or, like a fresh router, partly so."""
+        return not self.trainable and self.settings["pretrained"] and not self._trained_k
+
+    def set_budget(self, budget: int | list[int] | None) -> None:
+        """Choose the number of active experts of each token, of a "vit_moe/<size>".
+
+        Args:
+            budget: One number for all layers of experts, or one for each; None for as many as it has in training.
+
+        Raises:
+            ValueError: More experts than there are, a list of another length, or an encoder without experts.
+        """
+        if not self._trained_k:
+            raise ValueError(f"{self.name} has no experts to choose from; budget is a setting of a vit_moe/<size>")
+        num_experts = self.blueprint["moe"]["num_experts"]
+        set_budget(
+            self.tower,
+            self._trained_k if budget is None else check_budget(budget, num_experts=num_experts, num_layers=len(self._trained_k)),
+        )
+        self.settings["budget"] = budget
+
+    def fingerprint(self, *, any_budget: bool = False) -> str:
+        """A sha256 over architecture, layers, preprocessing and every weight; not over the name or the folder they came from.
+
+        Args:
+            any_budget: Of the encoder at its own number of active experts, whatever `budget` is. A model is the same model at every budget;
+                its features are not.
+        """
         told = {
             "blueprint": {key: value for key, value in self.blueprint.items() if key != "preprocessing"},
             "layer": self.settings["layer"],
@@ -143,6 +185,8 @@ class ImageEncoder(nn.Module):
         layers = getattr(self.tower, "detail_layers", ())
         if layers:
             told["detail"] = list(layers)
+        if self._trained_k and not any_budget and (active := active_experts(self.tower)) != self._trained_k:
+            told["budget"] = active
         return weights_digest(self.tower.state_dict(), told=told)
 
     def _forget(self) -> None:
@@ -168,7 +212,9 @@ class ImageEncoder(nn.Module):
         return features.grid, features.patch_BND.shape[2], features.global_BD.shape[1], detail_width
 
 
-def _from_name(name: str, *, image_size: int | None, layer: int | None, pretrained: bool, allow_download: bool) -> Tower:
+def _from_name(
+    name: str, *, image_size: int | None, layer: int | None, pretrained: bool, allow_download: bool, moe: dict[str, Any] | None
+) -> Tower:
     if name.startswith("local-dir:"):
         directory = Path(name.removeprefix("local-dir:")).expanduser()
         if (directory / "open_clip_config.json").is_file():
@@ -179,14 +225,19 @@ def _from_name(name: str, *, image_size: int | None, layer: int | None, pretrain
     library, _, model = name.partition("/")
     if library == "timm" and model:
         return timm_from_name(model, image_size=image_size, layer=layer, pretrained=pretrained, allow_download=allow_download)
+    if library == "vit_moe" and model:
+        return vit_moe_from_name(model, moe=moe, image_size=image_size, layer=layer, pretrained=pretrained, allow_download=allow_download)
     if library == "open_clip" and model:
         from dotcbm.encoders.clip_tower import clip_from_name
 
         return clip_from_name(model, image_size=image_size, layer=layer, pretrained=pretrained, allow_download=allow_download)
-    raise ValueError(f"no encoder is called {name!r}; names are timm/<model>[.tag], open_clip/<arch>[@tag] or local-dir:<path>")
+    known = "timm/<model>[.tag], open_clip/<arch>[@tag], vit_moe/<size> or local-dir:<path>"
+    raise ValueError(f"no encoder is called {name!r}; names are {known}")
 
 
-def _from_blueprint(blueprint: dict[str, Any], *, layer: int | None) -> Tower:
+def _from_blueprint(blueprint: dict[str, Any], *, layer: int | None, moe: dict[str, Any] | None) -> Tower:
+    if blueprint.get("library") == "vit_moe":
+        return vit_moe_from_blueprint(blueprint, layer=layer, moe=moe)
     if blueprint.get("library") == "open_clip":
         from dotcbm.encoders.clip_tower import clip_from_blueprint
 

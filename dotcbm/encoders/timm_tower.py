@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,16 @@ def _details(maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
     return map_patches(functional.avg_pool2d(torch.cat([map_BLHW, map_BLHW.square()], 1), 2))
 
 
-def timm_from_name(name: str, *, image_size: int | None, layer: int | None, pretrained: bool, allow_download: bool) -> Tower:
-    """The timm model `name` ("resnet50", "vit_small_patch14_dinov2.lvd142m").
+def timm_from_name(
+    name: str,
+    *,
+    image_size: int | None,
+    layer: int | None,
+    pretrained: bool,
+    allow_download: bool,
+    arguments: Mapping[str, Any] | None = None,
+) -> Tower:
+    """The timm model `name` ("resnet50", "vit_small_patch14_dinov2.lvd142m"), with further `arguments` of timm's own.
 
     Raises:
         ValueError: No such model or tag, or an image size that it cannot take.
@@ -191,13 +200,17 @@ def timm_from_name(name: str, *, image_size: int | None, layer: int | None, pret
             overlay = {"file": str(path), "custom_load": bool(config.custom_load) if path.suffix in (".npz", ".npy") else False}
         elif not allow_download:
             raise MissingWeightsError.of(f"timm/{name}", looked_at)
-    arguments = _size_arguments(config.to_dict() if config else {}, image_size)
+    arguments = {**(arguments or {}), **_size_arguments(config.to_dict() if config else {}, image_size)}
     model = _create(name, arguments, pretrained=pretrained, pretrained_cfg_overlay=overlay)
     return _tower(model, architecture=architecture, arguments=arguments, image_size=image_size, layer=layer)
 
 
-def timm_from_directory(directory: Path, *, image_size: int | None, layer: int | None, pretrained: bool) -> Tower:
+def timm_from_directory(
+    directory: Path, *, image_size: int | None, layer: int | None, pretrained: bool, arguments: Mapping[str, Any] | None = None
+) -> Tower:
     """A model saved in timm's folder format: `config.json` (architecture, pretrained_cfg, model_args) and `model.safetensors`.
+
+    Further `arguments` go before those of the file.
 
     Raises:
         MissingWeightsError: The folder or one of its files is missing.
@@ -218,7 +231,7 @@ def timm_from_directory(directory: Path, *, image_size: int | None, layer: int |
         raise ValueError(f"{config_path}: timm has no model {architecture!r}{near_matches(architecture, timm.list_models())}")
     pretrained_cfg = dict(config.get("pretrained_cfg") or {k: v for k, v in config.items() if k not in ("architecture", "model_args")})
     pretrained_cfg["num_classes"] = config.get("num_classes", pretrained_cfg.get("num_classes", 1000))
-    arguments = dict(config.get("model_args") or {}) | _size_arguments(pretrained_cfg, image_size)
+    arguments = dict(config.get("model_args") or {}) | dict(arguments or {}) | _size_arguments(pretrained_cfg, image_size)
     arguments.setdefault("num_classes", pretrained_cfg["num_classes"])
     overlay: dict[str, Any] = {}
     if pretrained:

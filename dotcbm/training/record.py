@@ -83,6 +83,7 @@ def check_record(checkpoint: dict[str, Any], *, model: ConceptModel, fingerprint
             f"{_told(encoder.settings, fingerprint)}. Features of one encoder mean nothing to a bottleneck of another: use the encoder "
             "and weights that it was trained with, or train again"
         )
+    _check_experts(record, encoder.blueprint)
     bottleneck = record["bottleneck"]
     if bottleneck["class_path"] != _path(model.bottleneck) or bottleneck["settings"] != model.bottleneck.settings:
         changed = sorted(
@@ -93,6 +94,22 @@ def check_record(checkpoint: dict[str, Any], *, model: ConceptModel, fingerprint
         raise ValueError(
             f"the checkpoint holds a {bottleneck['class_path']}, the configuration asks for {_path(model.bottleneck)}; settings that "
             f"differ: {changed or 'none'}. Use the configuration that the run was started with"
+        )
+
+
+def _check_experts(record: dict[str, Any], blueprint: dict[str, Any]) -> None:
+    theirs = record["encoder"]["blueprint"]
+    if "vit_moe" not in (theirs.get("library"), blueprint.get("library")):
+        return
+    # What is no architecture (jitter) may change between two starts, and so may rates that are not learned.
+    found, asked = ({**told.get("arguments", {}), **told.get("moe", {})} for told in (theirs, blueprint))
+    differing = [name for name in sorted({*found, *asked} - {"jitter", "drop_path_rate"}) if found.get(name) != asked.get(name)]
+    if differing:
+        was = "grown to" if record.get("growth") else "made with"
+        told = "; ".join(f"{name} {found.get(name)!r}, the configuration asks for {asked.get(name)!r}" for name in differing)
+        raise ValueError(
+            f"the checkpoint was {was} other experts: it has {told}. Use the configuration of the checkpoint (`dotcbm grow` writes it as "
+            "encoder.yaml); to evaluate it with more or fewer active experts leave k as it is and set budget"
         )
 
 

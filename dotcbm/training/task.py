@@ -160,7 +160,7 @@ class ConceptTask(LightningModule):
         data = self.data
         if not hasattr(self, "model"):
             self.model = self.build(data)
-            self._fingerprint = self.encoder.fingerprint()
+            self._fingerprint = self.encoder.fingerprint(any_budget=True)
         if stage != "fit":
             return
         bottleneck = self.model.bottleneck

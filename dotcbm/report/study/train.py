@@ -84,8 +84,7 @@ def train(study: Study, run: Run, *, encoder: ImageEncoder | None, data: Concept
     figures = {"train_seconds": time.monotonic() - start}
     if task.head_fit is not None:
         figures |= {"head_l2": task.head_fit.l2, "val/accuracy": task.head_fit.val_accuracy}
-    elsewhere = not encoder.trainable and encoder.settings["pretrained"]  # its weights can be had again
-    save_pretrained(task.model, directory / MODELS / run.stem, include_encoder=not elsewhere)
+    save_pretrained(task.model, directory / MODELS / run.stem, include_encoder=not encoder.has_source)
     training = Training(
         settings=run_settings(study, run),
         figures=figures,
