@@ -125,7 +125,7 @@ def concept_scores(
         cost_BNM, theta_BN, gamma, eps=eps, max_iter=max_iter, tol=tol, solver=solver, relax=(relax_patch, relax_concept), check=check
     )
     settings = Settings(eps, max_iter, tol, relax_patch, relax_concept)
-    if chosen != "triton" or relax_patch == 0 or torch.compiler.is_exporting():
+    if chosen != "triton" or relax_patch == 0 or _exporting():
         found = sinkhorn(prepared, theta_BN, gamma_BM, solver=chosen, check=False, **settings._asdict())
         score_BM, residual_B = (found.plan_BNM * (1 - prepared)).sum(1), found.residual_B
     else:
@@ -162,6 +162,11 @@ def _prepared(
         cost_BNM = cost_BNM.to(dtype)
     theta_BN, gamma_BM = (_widened(mass, dtype, balanced=balanced) for mass in (theta_BN, gamma_BM))
     return chosen, cost_BNM, theta_BN, gamma_BM
+
+
+def _exporting() -> bool:
+    # Under Dynamo `is_exporting` is the constant True in torch 2.11: a function that torch.compile traces would be unrolled.
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def _full_precision(device: str) -> AbstractContextManager[object]:
@@ -211,7 +216,7 @@ def _solve(
 ) -> TransportPlan:
     differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in (cost_BNM, theta_BN, gamma_BM))
     accelerate = accelerate and settings.tol is not None
-    if torch.compiler.is_exporting() if solver == "triton" else torch.compiler.is_compiling():
+    if _exporting() if solver == "triton" else torch.compiler.is_compiling():
         # A program that was traced cannot look at values.
         return solve_unrolled(cost_BNM.to(theta_BN.dtype), theta_BN, gamma_BM, settings._replace(tol=None))
     if differentiate and gradient == "unroll":
