@@ -215,7 +215,7 @@ def test_triton_says_where_it_does_not_run(monkeypatch):
         sinkhorn(cost.cpu().float(), theta.cpu().float(), gamma.cpu().float(), eps=0.1, solver="triton")
 
 
-def test_the_operators_are_registered_as_torch_wants_them():
+def test_triton_operators_are_registered_as_torch_wants_them():
     from dotcbm.transport import backend_triton
 
     cost, theta, gamma = problem(14, 2, 9, 40, torch.float32)
@@ -232,7 +232,7 @@ def test_the_operators_are_registered_as_torch_wants_them():
     torch.library.opcheck(backend_triton._gradient_operator, inputs, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_it_is_traced_as_a_whole():
+def test_triton_is_traced_as_a_whole():
     """By torch.compile, whose graph takes the operators as they are."""
     leaves = [x.requires_grad_() for x in problem(15, 2, 9, 40, torch.float32)]
     weight = torch.randn(2, 9, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
