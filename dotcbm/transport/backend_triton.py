@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from dotcbm.transport import triton_kernels
+from dotcbm.transport.heatmap_statistics import HeatmapStatistics
 from dotcbm.transport.plan import Settings, TransportPlan
+from dotcbm.transport.triton_statistics import statistics_triton
 
 __all__ = ["scores_triton", "solve_triton"]
 
@@ -40,10 +42,13 @@ def solve_triton(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings:
     return TransportPlan(found.value, found.log_u_BN, found.log_v_BM, found.residual_B, found.num_iter_B)
 
 
-def scores_triton(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings: Settings, *, accelerate: bool) -> tuple[Tensor, Tensor]:
-    """(B, M) sum_i plan_ij (1 - cost_ij), whose plan is never written, and (B,) the residual."""
+def scores_triton(
+    cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings: Settings, *, accelerate: bool, statistics: bool
+) -> tuple[Tensor, Tensor, HeatmapStatistics | None]:
+    """(B, M) sum_i plan_ij (1 - cost_ij), whose plan is never written, (B,) the residual, and the statistics if they are asked for."""
     found = _apply(cost_BNM, theta_BN, gamma_BM, *settings, accelerate, scores=True)
-    return found.value, found.residual_B
+    told = statistics_triton(cost_BNM, found.log_u_BN, found.log_v_BM, eps=settings.eps) if statistics else None
+    return found.value, found.residual_B, told
 
 
 def _tiles(num_concepts: int) -> dict[str, int]:

@@ -16,17 +16,18 @@ import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from dotcbm.transport.backend_torch import solve_torch
+from dotcbm.transport.heatmap_statistics import HeatmapStatistics, statistics_of_plan
 from dotcbm.transport.implicit import attach_gradient
 from dotcbm.transport.plan import Settings, TransportPlan, safe_log
 from dotcbm.transport.unrolled import solve_unrolled
 
-__all__ = ["Gradient", "Solver", "TransportPlan", "concept_scores", "sinkhorn"]
+__all__ = ["ConceptScores", "Gradient", "HeatmapStatistics", "Solver", "TransportPlan", "concept_scores", "sinkhorn"]
 
 Solver = Literal["auto", "torch", "triton", "pot"]
 Gradient = Literal["implicit", "unroll"]
@@ -39,6 +40,20 @@ _CONVERGED = 1e-2
 
 # Sums of up to 1000 float32 masses are off by a few 1e-6; half precision marginals by a few 1e-3.
 _SUM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class ConceptScores(NamedTuple):
+    """What `concept_scores` returns.
+
+    Attributes:
+        score_BM: (B, M) sums over patches of plan * (1 - cost).
+        residual_B: (B,) as in `TransportPlan`.
+        statistics: Where each concept's mass lies, if that was asked for.
+    """
+
+    score_BM: Tensor
+    residual_B: Tensor
+    statistics: HeatmapStatistics | None
 
 
 def sinkhorn(
@@ -114,12 +129,16 @@ def concept_scores(
     solver: Solver = "auto",
     relax_patch: float | None = None,
     relax_concept: float | None = None,
+    statistics: bool = False,
     check: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """What a cosine readout needs in training: (B, M) sum_i plan_ij (1 - cost_ij), differentiable, and (B,) the residual.
+) -> ConceptScores:
+    """What a cosine readout needs in training: (B, M) sum_i plan_ij (1 - cost_ij), differentiable.
 
-    With Triton the plan is never written, forward or backward; with other solvers this is `sinkhorn` and the sum. See there for
-    arguments and errors; gradients are implicit.
+    With Triton the plan is never written, forward or backward; with other solvers this is `sinkhorn` and the sum. Gradients are
+    implicit. Arguments and errors are those of `sinkhorn`, but for
+
+    Args:
+        statistics: Say too where each concept's mass lies.
     """
     chosen, prepared, theta_BN, gamma_BM = _prepared(
         cost_BNM, theta_BN, gamma, eps=eps, max_iter=max_iter, tol=tol, solver=solver, relax=(relax_patch, relax_concept), check=check
@@ -128,14 +147,17 @@ def concept_scores(
     if chosen != "triton" or relax_patch == 0 or _exporting():
         found = sinkhorn(prepared, theta_BN, gamma_BM, solver=chosen, check=False, **settings._asdict())
         score_BM, residual_B = (found.plan_BNM * (1 - prepared)).sum(1), found.residual_B
+        told = statistics_of_plan(found.plan_BNM) if statistics else None
     else:
         from dotcbm.transport.backend_triton import scores_triton
 
         with _full_precision(cost_BNM.device.type):
-            score_BM, residual_B = scores_triton(prepared, theta_BN, gamma_BM, settings, accelerate=tol is not None)
+            score_BM, residual_B, told = scores_triton(
+                prepared, theta_BN, gamma_BM, settings, accelerate=tol is not None, statistics=statistics
+            )
     if check and tol is not None:
         _warn_of_residual(residual_B, eps=eps, tol=tol, max_iter=max_iter)
-    return score_BM, residual_B
+    return ConceptScores(score_BM, residual_B, told)
 
 
 def _prepared(

@@ -59,7 +59,7 @@ def measure_readout(size: Size, *, eps: float, device: torch.device, repeats: in
 
     def alone(inputs: Inputs) -> Tensor:
         masses = inputs.theta_BN, inputs.gamma_BM
-        return concept_scores(inputs.cost_BNM, *masses, eps=eps, tol=TARGET, max_iter=_MOST, solver=solver, check=False)[0]
+        return concept_scores(inputs.cost_BNM, *masses, eps=eps, tol=TARGET, max_iter=_MOST, solver=solver, check=False).score_BM
 
     ways = {"the plan, then its sums": by_plan, "scores alone": alone}
 

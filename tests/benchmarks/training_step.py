@@ -203,7 +203,7 @@ def _transports(shape: tuple[int, int, int], eps: float, device: torch.device) -
         return (solve_ours(_inputs(1 - cosine_BNM, theta_BN, gamma_BM), eps, PASSES, None, solver=solver)[0] * cosine_BNM).sum(1)
 
     def scores(cosine_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor) -> Tensor:
-        return concept_scores(1 - cosine_BNM, theta_BN, gamma_BM, eps=eps, max_iter=PASSES, tol=None, solver=solver, check=False)[0]
+        return concept_scores(1 - cosine_BNM, theta_BN, gamma_BM, eps=eps, max_iter=PASSES, tol=None, solver=solver, check=False).score_BM
 
     def pot(cosine_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor) -> Tensor:
         with torch.autocast(device.type, enabled=False):
