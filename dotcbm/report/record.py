@@ -12,6 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dotcbm.report.record_experts import ExpertLayer
+from dotcbm.report.record_interval import Interval
+
 __all__ = [
     "FORMAT",
     "SWAP_FALL_CLASS",
@@ -21,6 +24,7 @@ __all__ = [
     "ConceptRow",
     "Confusion",
     "DetectionSweep",
+    "ExpertLayer",
     "Figure",
     "Finding",
     "GroupRow",
@@ -36,39 +40,32 @@ __all__ = [
     "Thumbnail",
 ]
 
-FORMAT = 4
+FORMAT = 5
 """See the migrations in `dotcbm.report.record_file` for what each format added."""
 
 SWAP_FALL_CLASS = "suspects/swap_fall_class/"
 """Before the name of a class: the key of the figure that says how far the class falls on another class's backgrounds."""
 
 Section = Literal[
-    "verdict", "errors", "classes", "concepts", "parts", "suspects", "interventions", "groups", "controls", "pictures", "grid", "card"
+    "verdict",
+    "errors",
+    "classes",
+    "concepts",
+    "parts",
+    "suspects",
+    "interventions",
+    "groups",
+    "controls",
+    "experts",
+    "pictures",
+    "grid",
+    "card",
 ]
 Severity = Literal["critical", "warning", "note", "good"]
 Verdict = Literal["confirmed", "refuted", "open"]
+_UNKNOWN = Interval(None)
 Unit = Literal["percent", "points", "number", "bits"]
 """percent: a share, shown times 100; points: a difference of shares, shown times 100; number: as it is."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure with its uncertainty.
-
-    Attributes:
-        value: None where it is not defined.
-        low, high: Ends of the interval; None where there is none.
-        n: What was counted (pictures, or pairs of picture and concept).
-        over: What n counts, in words: "pictures", "pairs of picture and concept", "concepts".
-        level: Coverage of the interval.
-    """
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    n: int = 0
-    over: str = "pictures"
-    level: float = 0.95
 
 
 @dataclass(frozen=True)
@@ -207,12 +204,12 @@ class ConceptRow:
     num_known: int = 0
     prevalence: float | None = None
     train_prevalence: float | None = None
-    auroc: Interval = Interval(None)
+    auroc: Interval = _UNKNOWN
     average_precision: float | None = None
     error: float | None = None
     all_negative_error: float | None = None
     leakage: float | None = None
-    pointing: Interval = Interval(None)
+    pointing: Interval = _UNKNOWN
     pointing_prior: float | None = None
     part_mass: float | None = None
     background_share: float | None = None
@@ -461,6 +458,7 @@ class AuditRecord:
         findings: Ordered by severity, then by how far the figure is from its threshold.
         figures: All figures, of all sections, by key.
         absent: What could not be measured and why.
+        experts: Of the encoder's expert layers; empty where it has none.
         The others are the rows of the sections of the same names.
     """
 
@@ -485,6 +483,7 @@ class AuditRecord:
     cards: tuple[PictureCard, ...]
     grid: tuple[Thumbnail, ...]
     pictures: PictureColumns
+    experts: tuple[ExpertLayer, ...] = ()
 
     def figure(self, key: str) -> Figure:
         """The figure of that key.

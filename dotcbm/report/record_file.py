@@ -1,9 +1,9 @@
 """An audit's record as a JSON file: written whole or not at all, read with every key checked, older formats migrated.
 
-The text is generated from the dataclasses of `dotcbm.report.record` by their type hints, and so is its schema (JSON Schema,
-draft 2020-12; committed as `audit.schema.json` beside this file, and checked by a test). Floats have six significant digits,
-more than any interval resolves; whole numbers are exact. "<" is written as an escape, so that the very text of a record can
-stand inside a script element of a page.
+The text is generated from the dataclasses of `dotcbm.report.record` and its neighbours by their type hints, and so is its schema (JSON
+Schema, draft 2020-12; committed as `audit.schema.json` beside this file, and checked by a test). Floats have six significant digits, more
+than any interval resolves; whole numbers are exact. "<" is written as an escape, so that the very text of a record can stand inside a
+script element of a page.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from dotcbm.report import record as record_module
 from dotcbm.report.record import FORMAT, AuditRecord, PictureCard
+from dotcbm.report.record_experts import ExpertLayer
 
 __all__ = ["read_record", "record_from_dict", "record_from_json", "record_to_dict", "record_to_json", "schema", "write_record"]
 
@@ -149,7 +149,7 @@ def schema() -> dict[str, Any]:
 @lru_cache
 def _hints(kind: type) -> dict[str, Any]:
     """Type hints by field, in order."""
-    hints = typing.get_type_hints(kind, dict(vars(record_module)))
+    hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}
 
 
@@ -275,6 +275,8 @@ def _check_references(record: AuditRecord) -> None:
     for name, cards in (("errors", record.errors), ("cards", record.cards)):
         for i, card in enumerate(cards):
             _check_card(card, f"{name}[{i}]", (num, num_concepts, num_classes))
+    for i, layer in enumerate(record.experts):
+        _check_experts(layer, f"experts[{i}]", num)
 
 
 def _check_card(card: PictureCard, place: str, sizes: tuple[int, int, int]) -> None:
@@ -291,6 +293,23 @@ def _check_card(card: PictureCard, place: str, sizes: tuple[int, int, int]) -> N
                 raise ValueError(f"{place}.concepts[{i}].{name} has {len(held)} entries; expected {wanted} or none; audit again")
         if any(not 0 <= level <= 255 for level in shown.heat):
             raise ValueError(f"{place}.concepts[{i}].heat leaves 0 ... 255; audit again")
+
+
+def _check_experts(layer: ExpertLayer, place: str, num: int) -> None:
+    """One layer's indices, and as many values as it has experts and patches."""
+    num_experts, num_patches = len(layer.experts), layer.grid[0] * layer.grid[1]
+    for t, table in enumerate(layer.tables):
+        if len(table.lift_XE) != len(table.names) or {len(row) for row in table.lift_XE} - {num_experts}:
+            raise ValueError(f"{place}.tables[{t}].lift_XE does not have {len(table.names)} rows of {num_experts} experts; audit again")
+        _check_range([link.row for link in table.links], len(table.names), f"{place}.tables[{t}].links", "rows")
+        _check_range([link.expert for link in table.links], num_experts, f"{place}.tables[{t}].links", "experts")
+    pictures = [picture for expert in layer.experts for picture in expert.pictures]
+    _check_range([picture.row for picture in (*pictures, *layer.maps)], num, f"{place}.pictures", "pictures")
+    _check_range([cell for picture in pictures for cell in (*picture.cells, picture.surest)], num_patches, f"{place}.cells", "patches")
+    for i, shown in enumerate(layer.maps):
+        if len(shown.expert_P) != num_patches:
+            raise ValueError(f"{place}.maps[{i}].expert_P has {len(shown.expert_P)} entries for {num_patches} patches; audit again")
+        _check_range(shown.expert_P, num_experts, f"{place}.maps[{i}].expert_P", "experts")
 
 
 def _check_range(indices: typing.Iterable[int], num: int, place: str, what: str) -> None:
@@ -366,5 +385,10 @@ def _from_3(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"format": 4, "concepts": concepts}
 
 
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2, 3: _from_3}
+def _from_4(values: dict[str, Any]) -> dict[str, Any]:
+    """Format 5 tells of the encoder's experts; before, no audit looked for any."""
+    return values | {"format": 5, "experts": []}
+
+
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}
 """From format f to f + 1."""

@@ -24,7 +24,7 @@ from dotcbm.report.collect.run import evaluating, run
 from dotcbm.report.collect.settings import AuditSettings
 from dotcbm.report.record import Absence, PictureCard, PictureColumns, ShownConcept, Thumbnail
 
-__all__ = ["cards", "chosen_pictures", "head_on", "jpeg", "picture_columns", "thumbnails", "withheld"]
+__all__ = ["cards", "chosen_pictures", "head_on", "jpeg", "picture_columns", "seen_region", "thumbnails", "withheld"]
 
 HeadOn = Literal["probability", "logit", "other", "none"]
 
@@ -130,7 +130,7 @@ def cards(g: Gathered, chosen: Sequence[tuple[int, str]], *, read_on: str) -> tu
                     width=width,
                     height=height,
                     grid=output.grid,
-                    region=_region(model, picture),
+                    region=seen_region(model, picture),
                     classes=tuple(classes),
                     class_logits=tuple(rounded(class_logit_K[k]) or 0.0 for k in classes),
                     rest=rounded(class_logit_K[others].logsumexp(0)) if others else None,
@@ -140,7 +140,8 @@ def cards(g: Gathered, chosen: Sequence[tuple[int, str]], *, read_on: str) -> tu
     return tuple(made)
 
 
-def _region(model: ConceptModel, picture_3HW: Tensor) -> tuple[float, float, float, float]:
+def seen_region(model: ConceptModel, picture_3HW: Tensor) -> tuple[float, float, float, float]:
+    """x0, y0, x1, y1 of the part of a picture that the model sees, as fractions."""
     x0, y0, x1, y1 = visible_region(model.preprocessing, (int(picture_3HW.shape[1]), int(picture_3HW.shape[2])))
     return round(x0, 5), round(y0, 5), round(x1, 5), round(y1, 5)
 

@@ -26,12 +26,14 @@ from dotcbm.report.audit.cards import cards, chosen_pictures, picture_columns, t
 from dotcbm.report.audit.classes import class_figures, class_rows, confusion, reliability
 from dotcbm.report.audit.concepts import concept_figures, concept_rows, leakage_figures, occlusion_figures
 from dotcbm.report.audit.controls import control_figures
+from dotcbm.report.audit.experts import expert_figures, expert_layers, with_pictures
 from dotcbm.report.audit.groups import group_figures, group_rows
 from dotcbm.report.audit.interventions import interventions
 from dotcbm.report.audit.model import model_card
 from dotcbm.report.audit.places import detection_sweeps, part_rows, place_figures, residual_figures
 from dotcbm.report.audit.shortcut import shortcut
 from dotcbm.report.audit.tools import Gathered, Section
+from dotcbm.report.collect.experts import collect_experts, has_experts
 from dotcbm.report.collect.probe import occlude, plan_occlusion, plan_swap, swap
 from dotcbm.report.collect.run import Columns, audited_rows, collect, pictures_digest
 from dotcbm.report.collect.settings import AuditSettings, Depth
@@ -85,6 +87,7 @@ def audit(
         errors, rest = chosen_pictures(gathered)
         made = partial(cards, gathered, read_on=card.head_on)
         record = replace(record, errors=made(errors), cards=made(rest), grid=thumbnails(gathered))
+        record = replace(record, experts=with_pictures(gathered, record.experts))
     record = replace(record, findings=find_all(record))
     record = replace(record, summary=summary(record))
     if settings.depth == "full":
@@ -130,6 +133,9 @@ def _gather(
         occlusion=occlude(model, data, columns, covered, settings=settings, store=store, advance=stage("occlusion", len(covered)))
         if len(covered)
         else None,
+        routed=collect_experts(model, data, columns, settings=settings, store=store, advance=stage("experts", len(columns)))
+        if has_experts(model)
+        else None,
     )
 
 
@@ -139,7 +145,7 @@ def _record(g: Gathered, card: ModelCard, *, title: str) -> AuditRecord:
     section.extend(class_figures(g))
     concepts, auroc = concept_figures(g)
     leaking, leakage = leakage_figures(g)
-    corrected, leaning = interventions(g), shortcut(g)
+    corrected, leaning, experts = interventions(g), shortcut(g), expert_layers(g)
     for part in (
         concepts,
         leaking,
@@ -150,6 +156,7 @@ def _record(g: Gathered, card: ModelCard, *, title: str) -> AuditRecord:
         corrected.section,
         group_figures(g),
         control_figures(g),
+        expert_figures(g, experts),
     ):
         section.extend(part)
     return AuditRecord(
@@ -174,6 +181,7 @@ def _record(g: Gathered, card: ModelCard, *, title: str) -> AuditRecord:
         cards=(),
         grid=(),
         pictures=picture_columns(g, g.pointing(g.map_name), g.pointing(g.control_name)),
+        experts=experts,
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.metrics.intervals import bootstrap, bootstrap_mean, paired_bootstrap, wilson
 from dotcbm.models.concept_model import ConceptModel
+from dotcbm.report.collect.experts import Routed
 from dotcbm.report.collect.maps import MAPS
 from dotcbm.report.collect.probe import Occlusion, Swap
 from dotcbm.report.collect.run import Columns
@@ -60,6 +61,7 @@ class Gathered:
         train: Of the training split, without places.
         others: Of the other test splits, without places.
         swap, occlusion: Experiments; None where they could not be made.
+        routed: What the encoder's experts were given; None where it has none.
     """
 
     model: ConceptModel
@@ -70,6 +72,7 @@ class Gathered:
     others: tuple[Columns, ...] = ()
     swap: Swap | None = None
     occlusion: Occlusion | None = None
+    routed: Routed | None = None
 
     @property
     def reads_concepts(self) -> bool:

@@ -26,6 +26,8 @@ class AuditSettings:
         num_thumbnails: Pictures of the grid.
         num_strengths: Steps of the elastic-net paths that heads of few concepts are cut from.
         num_shown: Concepts that are drawn; the tables hold all.
+        num_permutations: Exchanges of pictures that the experts' tables are tested with; the smallest p-value is 1 / 500.
+        num_expert_pictures: Pictures beside each expert that serves something: half of them those it is surest of, half drawn.
         chunk: Pictures between two savings of an audit that can be resumed.
     """
 
@@ -42,6 +44,8 @@ class AuditSettings:
     num_thumbnails: int = 600
     num_shown: int = 32
     num_strengths: int = 50
+    num_permutations: int = 499
+    num_expert_pictures: int = 4
     chunk: int = 128
 
     def __post_init__(self) -> None:
@@ -52,6 +56,8 @@ class AuditSettings:
         for name in ("num_draws", "num_strengths", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_permutations < 19:
+            raise ValueError(f"num_permutations is {self.num_permutations}; with fewer than 19 no p-value reaches 5 %")
         for entry in fields(self):
             if entry.name.startswith("num_") and getattr(self, entry.name) < 0:
                 raise ValueError(f"{entry.name} is {getattr(self, entry.name)}; it must be 0 or more")

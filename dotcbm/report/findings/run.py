@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dotcbm.report.findings.concepts import CONCEPT_RULES
+from dotcbm.report.findings.experts import EXPERT_RULES
 from dotcbm.report.findings.rule import LEAST, find, listed, points
 from dotcbm.report.findings.shortcut import SHORTCUT_RULES
 from dotcbm.report.record import AuditRecord, Finding, Interval, Section
@@ -221,5 +222,6 @@ RULES: tuple[Callable[[AuditRecord], list[Finding]], ...] = (
     _weak_classes,
     _calibration,
     _splits,
+    *EXPERT_RULES,
 )
 """All rules, in no order: the findings are sorted."""

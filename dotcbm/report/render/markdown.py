@@ -6,12 +6,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from dotcbm.report.record import AuditRecord, ConceptRow, Figure, Finding, Interval, Unit
+from dotcbm.report.record_experts import ExpertLayer
 from dotcbm.report.render.numbers import NO_CONTROL, cases, interval_text, number, signed, span, with_unit
 from dotcbm.report.render.views import SHOWING, confused_pairs, headline, sections
 
 __all__ = ["markdown"]
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&$@!])")
+_MOST_SERVED = 5  # names beside an expert
 _VERDICTS = {"confirmed": "confirmed by its control", "refuted": "refuted by its control", "open": "open"}
 
 
@@ -239,6 +241,31 @@ def _groups(record: AuditRecord) -> list[str]:
     )
 
 
+def _experts(record: AuditRecord) -> list[str]:
+    def served(layer: ExpertLayer, expert: int) -> str:
+        links = [(table.names[link.row], link.lift) for table in layer.tables for link in table.links if link.expert == expert]
+        links.sort(key=lambda link: -(link[1].value or 0.0))
+        more = f" and {len(links) - _MOST_SERVED} more" if len(links) > _MOST_SERVED else ""
+        return ", ".join(f"{_plain(name)} × {_short(lift, 'number')}" for name, lift in links[:_MOST_SERVED]) + more or "nothing"
+
+    lines: list[str] = []
+    for layer in record.experts:
+        rows = _table(
+            ("expert", "load, %", "on background, % (same places, other pictures)", "serves above chance, lift"),
+            (
+                (
+                    str(e),
+                    _short(row.load),
+                    f"{_short(row.background)} ({number(row.background_expected, 'percent')})",
+                    served(layer, e),
+                )
+                for e, row in enumerate(layer.experts)
+            ),
+        )
+        lines += ["", f"### {_plain(layer.name).capitalize()}: {layer.active} of {len(layer.experts)} experts for each patch", *rows]
+    return lines
+
+
 def _card(record: AuditRecord) -> list[str]:
     card = record.card
     facts = (
@@ -267,5 +294,6 @@ _BODIES: dict[str, Callable[[AuditRecord], list[str]]] = {
     "suspects": _suspects,
     "interventions": _interventions,
     "groups": _groups,
+    "experts": _experts,
     "card": _card,
 }

@@ -15,14 +15,17 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from PIL import ImageFile
 
 from dotcbm.report.record import AuditRecord, Interval, PictureCard
+from dotcbm.report.record_experts import ExpertLayer, ExpertMap, ExpertPicture
 from dotcbm.report.record_file import record_from_dict, record_to_dict, record_to_json, write_whole
 from dotcbm.report.render import charts, numbers, views
+from dotcbm.report.render.experts import expert_views, lift_text
 from dotcbm.report.render.markdown import markdown
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ __all__ = ["html", "markdown", "write_html", "write_markdown", "write_pdf"]
 
 _TEMPLATES = Path(__file__).parents[1] / "templates"
 _MOST_CELLS = 16  # classes up to which the confusion matrix is written with numbers
+Shown = TypeVar("Shown", ExpertPicture, ExpertMap)
 _MOST_LINES = 6  # that markers and colours tell apart
 
 
@@ -99,6 +103,8 @@ def _page(record: AuditRecord, *, script: str) -> str:
             confused=views.confused_pairs(record),
             sweeps=_sweep_charts(record),
             curves=_curve_charts(record),
+            expert_layers=expert_views(record),
+            num_permutations=int(dict(record.card.audit).get("num_permutations", 0)),
             style="\n".join(_style(name) for name in ("charts.css", "page.css", *(() if script else ("paper.css",)))),
             script=script,
             script_hash=f"'sha256-{digest}'" if script else "'none'",
@@ -140,7 +146,22 @@ def _with_references(record: AuditRecord) -> AuditRecord:
         errors=pointing(record.errors, "errors"),
         cards=pointing(record.cards, "cards"),
         grid=tuple(replace(thumbnail, image=f"@grid-{i}") for i, thumbnail in enumerate(record.grid)),
+        experts=_pointing_experts(record.experts),
     )
+
+
+def _pointing_experts(layers: Sequence[ExpertLayer]) -> tuple[ExpertLayer, ...]:
+    """The layers with the ids that `expert_views` gives in the place of their images."""
+    numbers = count()
+    pointing = []
+    for layer in layers:
+        rows = [replace(row, pictures=tuple(_pointing(shown, next(numbers)) for shown in row.pictures)) for row in layer.experts]
+        pointing.append(replace(layer, experts=tuple(rows), maps=tuple(_pointing(shown, next(numbers)) for shown in layer.maps)))
+    return tuple(pointing)
+
+
+def _pointing(shown: Shown, number: int) -> Shown:
+    return replace(shown, image=f"@experts-{number}") if shown.image else shown
 
 
 def _sweep_charts(record: AuditRecord) -> list[tuple[str, str]]:
@@ -199,6 +220,7 @@ def _environment() -> Environment:
         number=numbers.number,
         signed=numbers.signed,
         logit=numbers.logit,
+        lift_text=lift_text,
         domain_of=charts.domain_of,
         with_unit=numbers.with_unit,
         span=numbers.span,

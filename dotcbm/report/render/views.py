@@ -48,6 +48,10 @@ SECTIONS: dict[str, tuple[str, str]] = {
     ),
     "groups": ("Groups", "Accuracy of sub-populations and of shifted splits, and how far each is from the whole."),
     "controls": ("Controls", "What knows nothing must score nothing: random concepts, random regions, maps that know no concept."),
+    "experts": (
+        "Experts",
+        "Which expert of the encoder each patch goes to, what that has to do with what is in the patch, and how evenly experts are used.",
+    ),
     "pictures": ("Pictures", "Single pictures with each concept's map, what it adds to the class, and sliders that change it."),
     "grid": ("Picture grid", "Many pictures, sorted by what the model says of them."),
     "card": ("Model card", "What was audited, on what data, with which settings, versions and hashes."),
@@ -120,14 +124,16 @@ class CardView:
 
 
 def sections(record: AuditRecord) -> tuple[SectionView, ...]:
-    """All twelve, in order; a figure goes to the section that its key begins with, to the model card if there is none."""
-    homes: dict[str, list[Figure]] = {key: [] for key in SECTIONS}
+    """All in order, without that of experts where there are none; a figure goes to the section that its key begins with, to the model card
+    if there is none."""
+    shown = {key: text for key, text in SECTIONS.items() if key != "experts" or record.experts}
+    homes: dict[str, list[Figure]] = {key: [] for key in shown}
     for figure in record.figures:
         prefix = figure.key.split("/")[0]
-        homes[prefix if prefix in SECTIONS else "card"].append(figure)
+        homes[prefix if prefix in shown else "card"].append(figure)
     return tuple(
         SectionView(number, key, title, lead, tuple(homes[key]), tuple(row for row in record.absent if row.section == key))
-        for number, (key, (title, lead)) in enumerate(SECTIONS.items(), start=1)
+        for number, (key, (title, lead)) in enumerate(shown.items(), start=1)
     )
 
 

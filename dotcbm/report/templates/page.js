@@ -268,7 +268,7 @@
 
   // The record holds references where the page has images: put back, it is the file that the audit wrote, byte for byte.
   byId("save").addEventListener("click", () => {
-    const whole = text.replace(/"image":"@((?:errors|cards|grid)-\d+)"/g, (_, id) => `"image":"${byId(id).src.split(",")[1]}"`);
+    const whole = text.replace(/"image":"@((?:errors|cards|grid|experts)-\d+)"/g, (_, id) => `"image":"${byId(id).src.split(",")[1]}"`);
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([whole], { type: "application/json" }));
     link.download = "audit.json";
