@@ -7,13 +7,17 @@ no capacity: every token reaches all its experts, however many others do. The ba
     padded   batched products over experts padded to the fullest; memory grows to E C, and the host waits for C
     loop     one expert after another, the reference
     dense    every expert on every token, then a mask: E / K times the work, the reference that sorts nothing
+    triton   our kernels on CUDA, see `dotcbm.moe.triton_kernels`: gather, bias, GELU, gate and scatter within the products
     auto     grouped where it applies (see `dotcbm.moe.dispatch.grouped_applies`), else padded on a GPU and the loop on a CPU; dense in
-             an exported program, in which no shape can depend on values
+             an exported program, in which no shape can depend on values. Not triton, until it has been measured to be faster at the
+             sizes at hand: `python -m tests.benchmarks.experts --device cuda` prints both, and backend="triton" chooses it
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -21,12 +25,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dotcbm.moe import flops
+from dotcbm.moe.backend_triton import experts_triton
 from dotcbm.moe.dispatch import Order, add_bias, collect, dispatch, grouped_applies
 from dotcbm.moe.router import autocast_enabled
+from dotcbm.tracing import exporting
 
 __all__ = ["Backend", "Experts"]
 
-Backend = Literal["auto", "grouped", "padded", "loop", "dense"]
+Backend = Literal["auto", "grouped", "triton", "padded", "loop", "dense"]
+_HAS_TRITON = find_spec("triton") is not None
+_TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 flops.register()  # so that counters and Lightning's MFU see the grouped products
 
@@ -90,7 +98,8 @@ class Experts(nn.Module):
             backend: See the head of this file.
 
         Raises:
-            ValueError: No such backend, or "grouped" for a type or sizes that it does not take.
+            ValueError: No such backend, "grouped" for a type or sizes that it does not take, or "triton" for a type or where it does
+                not run.
         """
         device = x_TD.device.type
         dtype = torch.get_autocast_dtype(device) if autocast_enabled(device) else x_TD.dtype
@@ -103,7 +112,7 @@ class Experts(nn.Module):
             raise ValueError(f"backend is {backend!r}; choose one of {list(get_args(Backend))}")
         _, width, hidden = self.up_EDH.shape
         applies = grouped_applies(dtype, width, hidden)
-        if backend == "auto" and torch.compiler.is_exporting():
+        if backend == "auto" and exporting():
             backend = "dense"
         elif backend == "auto":
             # PyTorch 2.14 refuses to trace grouped products in float32.
@@ -114,6 +123,8 @@ class Experts(nn.Module):
                 f'backend is "grouped", with {dtype}, width {width} and hidden {hidden}; it takes float32, bfloat16 and float16, and rows '
                 'of a multiple of 16 bytes; choose "auto"'
             )
+        if backend == "triton":
+            _check_triton(dtype, device)
         return _BACKENDS[backend]
 
     def extra_repr(self) -> str:
@@ -136,6 +147,19 @@ def _product(x_RX: Tensor, weight_EXY: Tensor, order: Order) -> Tensor:
     if x_RX.is_meta:  # where FLOPs are counted; PyTorch 2.14 knows the shapes of half precision alone
         return F.grouped_mm(x_RX.bfloat16(), weight_EXY.bfloat16(), offs=order.end_E).to(x_RX.dtype)
     return F.grouped_mm(x_RX, weight_EXY, offs=order.end_E)
+
+
+def _check_triton(dtype: torch.dtype, device: str) -> None:
+    if not _HAS_TRITON:
+        raise ValueError('backend is "triton", which is not installed; choose "auto"')
+    if device not in ("cuda", "meta") and not os.environ.get("TRITON_INTERPRET"):
+        raise ValueError(f'backend is "triton", which runs on CUDA, and the tokens are on {device}; choose "auto"')
+    if dtype not in _TRITON_TYPES:
+        raise ValueError(f'backend is "triton", which takes float32, bfloat16 and float16, and the type is {dtype}; choose "auto"')
+
+
+def _triton(x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor, weights: _Weights) -> Tensor:
+    return experts_triton(x_TD, index_TK, gate_TK, *weights)
 
 
 def _padded(x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor, weights: _Weights) -> Tensor:
@@ -185,4 +209,4 @@ def unbound(weight: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
     return (None,) * count if weight is None else weight.unbind(0)
 
 
-_BACKENDS = {"grouped": _grouped, "padded": _padded, "loop": _loop, "dense": _dense}
+_BACKENDS = {"grouped": _grouped, "triton": _triton, "padded": _padded, "loop": _loop, "dense": _dense}

@@ -12,13 +12,32 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-__all__ = ["experts_flops", "grouped_flops", "layer_flops", "register"]
+__all__ = ["experts_flops", "grouped_flops", "layer_flops", "register", "register_operators"]
 
 
 def register() -> None:
     """Tell the counter about grouped products; without effect where it knows them."""
     if torch.ops.aten._grouped_mm not in flop_registry:
         register_flop_formula(torch.ops.aten._grouped_mm)(grouped_flops)
+
+
+def register_operators(forward: Any, backward: Any) -> None:
+    """Tell the counter about the operators of `dotcbm.moe.backend_triton`, which hide the products inside."""
+    register_flop_formula(forward)(_forward_flops)
+    register_flop_formula(backward)(_backward_flops)
+
+
+def _forward_flops(x_shape: torch.Size, index_shape: torch.Size, gate_shape: torch.Size, up_shape: torch.Size, *_: Any, **__: Any) -> int:
+    return experts_flops(x_shape[0], width=up_shape[1], hidden=up_shape[2], k=index_shape[1])
+
+
+def _backward_flops(
+    dy_shape: torch.Size, x_shape: torch.Size, index_shape: torch.Size, gate_shape: torch.Size, up_shape: torch.Size, *rest: Any, **__: Any
+) -> int:
+    # Four products, of which the hidden layer's gradient is always made; the last two arguments say which of the others are.
+    *_, of_tokens, of_weights = rest
+    half = experts_flops(x_shape[0], width=up_shape[1], hidden=up_shape[2], k=index_shape[1]) // 2
+    return half * (1 + of_tokens + 2 * of_weights)
 
 
 def grouped_flops(a_shape: torch.Size, b_shape: torch.Size, *_: Any, **__: Any) -> int:

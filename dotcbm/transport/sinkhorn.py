@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from dotcbm.tracing import exporting
 from dotcbm.transport.backend_torch import solve_torch
 from dotcbm.transport.heatmap_statistics import HeatmapStatistics, statistics_of_plan
 from dotcbm.transport.implicit import attach_gradient
@@ -144,7 +145,7 @@ def concept_scores(
         cost_BNM, theta_BN, gamma, eps=eps, max_iter=max_iter, tol=tol, solver=solver, relax=(relax_patch, relax_concept), check=check
     )
     settings = Settings(eps, max_iter, tol, relax_patch, relax_concept)
-    if chosen != "triton" or relax_patch == 0 or _exporting():
+    if chosen != "triton" or relax_patch == 0 or exporting():
         found = sinkhorn(prepared, theta_BN, gamma_BM, solver=chosen, check=False, **settings._asdict())
         score_BM, residual_B = (found.plan_BNM * (1 - prepared)).sum(1), found.residual_B
         told = statistics_of_plan(found.plan_BNM) if statistics else None
@@ -184,11 +185,6 @@ def _prepared(
         cost_BNM = cost_BNM.to(dtype)
     theta_BN, gamma_BM = (_widened(mass, dtype, balanced=balanced) for mass in (theta_BN, gamma_BM))
     return chosen, cost_BNM, theta_BN, gamma_BM
-
-
-def _exporting() -> bool:
-    # Under Dynamo `is_exporting` is the constant True in torch 2.11: a function that torch.compile traces would be unrolled.
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def _full_precision(device: str) -> AbstractContextManager[object]:
@@ -238,7 +234,7 @@ def _solve(
 ) -> TransportPlan:
     differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in (cost_BNM, theta_BN, gamma_BM))
     accelerate = accelerate and settings.tol is not None
-    if _exporting() if solver == "triton" else torch.compiler.is_compiling():
+    if exporting() if solver == "triton" else torch.compiler.is_compiling():
         # A program that was traced cannot look at values.
         return solve_unrolled(cost_BNM.to(theta_BN.dtype), theta_BN, gamma_BM, settings._replace(tol=None))
     if differentiate and gradient == "unroll":

@@ -1,4 +1,5 @@
-"""How fast, how exact and how frugal the transport is, beside its rivals.
+"""How fast, how exact and how frugal transport and sparse experts are, beside their rivals.
 
-`python -m tests.benchmarks.transport --help` from the repository's root; the numbers it prints are the ones in `reports/benchmarks/`.
+`python -m tests.benchmarks.transport --help`, and the same with `experts`, from the repository's root; the numbers they print are the
+ones in `reports/benchmarks/`.
 """

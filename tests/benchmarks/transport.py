@@ -11,27 +11,18 @@ and the cached epoch (CUDA, or tiny with --quick). `--only` picks sections by a 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
-import platform
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
-from rich.console import Console
 
 from .comparison import Hardware, Mode, Row, compare, floor_table, memory_table, time_table
 from .correctness import correctness_table, measure_errors
 from .problems import Size
 from .readout import measure_readout, readout_table
+from .report import Report, device_of, free
 from .rivals import methods
-from .tables import Table
 from .timing import one_thread
 from .training_step import CachedEpoch, LiveStep, cached_epoch, epoch_table, live_steps, step_table
 
@@ -50,47 +41,13 @@ PACKAGES = ("torch", "triton", "pot", "geomloss", "flash-sinkhorn", "timm", "dot
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command; see `--help`."""
     given = _parser().parse_args(args)
-    device = torch.device(given.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda needs an NVIDIA GPU that torch can see; use --device cpu, or --quick for a trial")
-    typed = shlex.join(["python", "-m", "tests.benchmarks.transport", *(sys.argv[1:] if args is None else args)])
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    out = Path(given.out) / f"transport_{device.type}" if given.out else None
+    device = device_of(given.device)
+    report = Report("transport", args, device=device, packages=PACKAGES, out=given.out)
     with one_thread(device):
-        _measure(_Report(console, {"command": typed, **_surroundings(device)}, out), given, device)
+        _measure(report, given, device)
 
 
-class _Report:
-    """Prints each table as it is found, and writes what there is until then, so that a run that is cut short keeps it."""
-
-    def __init__(self, console: Console, about: dict[str, Any], out: Path | None) -> None:
-        self.console = console
-        self.about = about
-        self.out = out
-        self.tables: list[Table] = []
-        self.raw: dict[str, list[dict[str, Any]]] = {}
-        for name, value in about.items():
-            console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
-
-    def add(self, table: Table) -> None:
-        self.tables.append(table)
-        self.console.print(table.rich(), "")
-
-    def keep(self, kind: str, records: Sequence[Any], **where: Any) -> None:
-        self.raw.setdefault(kind, []).extend({**where, **asdict(record)} for record in records)
-        if self.out:
-            self._write(self.out)
-
-    def _write(self, out: Path) -> None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        head = ["# Transport, benchmark", "", *(f"- {name}: {value}" for name, value in self.about.items()), ""]
-        text = "\n".join([*head, *(table.markdown() for table in self.tables)])
-        out.with_suffix(".md").write_text(text, encoding="utf-8")
-        raw = json.dumps({"about": self.about, **self.raw}, indent=1, allow_nan=False)
-        out.with_suffix(".json").write_text(raw + "\n", encoding="utf-8")
-
-
-def _measure(report: _Report, given: argparse.Namespace, device: torch.device) -> None:
+def _measure(report: Report, given: argparse.Namespace, device: torch.device) -> None:
     found, missing = methods(device, compiled=given.compile or device.type == "cuda")
     repeats = given.repeats or (20 if device.type == "cuda" else 5)
     hardware = Hardware(bandwidth=given.bandwidth * 1e12, exponentials=given.exp_per_clock * given.num_sms * given.clock * 1e9)
@@ -112,7 +69,7 @@ def _measure(report: _Report, given: argparse.Namespace, device: torch.device) -
                 report.keep("solvers", of_size, mode=mode)
                 report.keep("left_out", [*left_out, *missing], mode=mode, size=size)
                 rows += of_size
-                _free(device)
+                free(device)
         if rows and device.type == "cuda":
             report.add(memory_table(f"memory, {mode}", rows))
             report.add(floor_table(f"floor, {mode}", rows, hardware))
@@ -122,7 +79,7 @@ def _measure(report: _Report, given: argparse.Namespace, device: torch.device) -
         ways = [row for size in sizes_read for row in measure_readout(size, eps=given.eps, device=device, repeats=repeats)]
         report.add(readout_table("scores without the plan", ways))
         report.keep("readout", ways)
-        _free(device)
+        free(device)
     if not given.quick and device.type == "cpu":
         report.console.print("scores without the plan, training step, cached epoch: on CUDA, or tiny with --quick\n")
         return
@@ -131,7 +88,7 @@ def _measure(report: _Report, given: argparse.Namespace, device: torch.device) -
         steps = live_steps(sizes, eps=given.eps, device=device, repeats=repeats)
         report.add(step_table(f"training step, {_described(sizes)}", steps))
         report.keep("training_step", steps, **asdict(sizes))
-        _free(device)
+        free(device)
     if wanted("cached epoch"):
         sizes = TINY_EPOCH if given.quick else CachedEpoch()
         steps = cached_epoch(sizes, eps=given.eps, device=device, repeats=repeats)
@@ -141,36 +98,6 @@ def _measure(report: _Report, given: argparse.Namespace, device: torch.device) -
 
 def _described(sizes: LiveStep | CachedEpoch) -> str:
     return ", ".join(f"{name} {value}" for name, value in asdict(sizes).items())
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _surroundings(device: torch.device) -> dict[str, Any]:
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "python": platform.python_version(),
-        "versions": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
-    }
-
-
-def _processor() -> str:
-    """The processor's model where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, one thread"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _parser() -> argparse.ArgumentParser:

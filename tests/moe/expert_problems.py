@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor, nn
 
@@ -34,3 +37,14 @@ def routing_of(logit_TE: Tensor, k: int, *, counted_T: Tensor | None = None) -> 
 def distance(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference relative to the largest value."""
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)).item()
+
+
+def triton_runs() -> bool:
+    """On a GPU, or in an interpreter that works: Triton before 3.7 makes numbers of arrays, which NumPy refuses from 2.4 on."""
+
+    def number(package: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in version(package).split(".")[:2])
+
+    if find_spec("triton") is None:
+        return False
+    return torch.cuda.is_available() or number("triton") >= (3, 7) or number("numpy") < (2, 4)

@@ -1,0 +1,187 @@
+"""Sparse experts on CUDA by the kernels of `triton_kernels`, with gradients, for eager code, torch.compile and CUDA graphs.
+
+T tokens, D width, H hidden width, E experts, K experts per token, R = T K rows sorted by expert. Nothing waits for the device: how many
+rows an expert has is known there alone. What is kept for backward is z and g GELU(z), both (R, H), and the order of the rows. torch's
+operators know the FLOPs (see `flops`); this file imports no Triton, so that they are known before the first call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dotcbm.moe import flops
+
+__all__ = ["experts_triton"]
+
+
+def experts_triton(
+    x_TD: Tensor,
+    index_TK: Tensor,
+    gate_TK: Tensor,
+    up_EDH: Tensor,
+    up_bias_EH: Tensor | None,
+    down_EHD: Tensor,
+    down_bias_ED: Tensor | None,
+) -> Tensor:
+    """(T, D), see `dotcbm.moe.experts`; x and weights have one type, of float32, bfloat16 and float16."""
+    inputs = (x_TD, gate_TK, up_EDH, up_bias_EH, down_EHD, down_bias_ED)
+    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    x_TD, gate_TK, up_EDH, down_EHD = (tensor.contiguous() for tensor in (x_TD, gate_TK.float(), up_EDH, down_EHD))
+    up_bias_EH, down_bias_ED = (None if bias is None else bias.contiguous() for bias in (up_bias_EH, down_bias_ED))
+    return torch.ops.dotcbm.experts(x_TD, index_TK.long(), gate_TK, up_EDH, up_bias_EH, down_EHD, down_bias_ED, keep)[0]
+
+
+def _forward(
+    x_TD: Tensor,
+    index_TK: Tensor,
+    gate_TK: Tensor,
+    up_EDH: Tensor,
+    up_bias_EH: Tensor | None,
+    down_EHD: Tensor,
+    down_bias_ED: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from dotcbm.moe import triton_launch as launch
+    from dotcbm.moe.triton_sorting import sort_by_expert
+
+    T, D, (E, _, H) = len(x_TD), x_TD.shape[1], up_EDH.shape
+    order = sort_by_expert(index_TK, E)
+    y_TD, z_RH, gated_RH = x_TD.new_empty(0, D), x_TD.new_empty(0, H), x_TD.new_empty(0, H)
+    if T:
+        rows = launch.Rows(order, index_TK.shape[1])
+        z_RH, gated_RH = launch.up(x_TD, up_EDH, up_bias_EH, gate_TK, rows, keep=keep)
+        y_TD = launch.out("down", gated_RH, down_EHD, down_bias_ED, gate_TK, rows)
+    saved = (z_RH, gated_RH, *order)
+    return y_TD, *(saved if keep else (tensor.new_empty(0) for tensor in saved))  # pyright: ignore[reportReturnType]
+
+
+def _fake_forward(
+    x_TD: Tensor,
+    index_TK: Tensor,
+    gate_TK: Tensor,
+    up_EDH: Tensor,
+    up_bias_EH: Tensor | None,
+    down_EHD: Tensor,
+    down_bias_ED: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    del gate_TK, up_bias_EH, down_EHD, down_bias_ED
+    (T, K), (E, _, H) = index_TK.shape, up_EDH.shape
+    hidden, rows, experts = ((T * K, H), (T * K,), (E,)) if keep else ((0,),) * 3
+    z_RH, gated_RH = (x_TD.new_empty(hidden) for _ in range(2))
+    order_R, inverse_R, end_E = (index_TK.new_empty(size, dtype=torch.int32) for size in (rows, rows, experts))
+    return torch.empty_like(x_TD, memory_format=torch.contiguous_format), z_RH, gated_RH, order_R, inverse_R, end_E
+
+
+def _backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    index_TK: Tensor,
+    gate_TK: Tensor,
+    up_EDH: Tensor,
+    down_EHD: Tensor,
+    down_bias_ED: Tensor | None,
+    z_RH: Tensor,
+    gated_RH: Tensor,
+    order_R: Tensor,
+    inverse_R: Tensor,
+    end_E: Tensor,
+    has_up_bias: bool,
+    of_tokens: bool,
+    of_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from dotcbm.moe import triton_launch as launch
+    from dotcbm.moe.triton_sorting import Sorted
+
+    found = _empty_gradients(x_TD, gate_TK, up_EDH, down_EHD, down_bias_ED is not None, has_up_bias, of_tokens, of_weights)
+    if not len(x_TD):
+        return tuple(gradient.zero_() for gradient in found)  # pyright: ignore[reportReturnType]
+    dx_TD, _, d_up_EDH, d_up_bias_EH, d_down_EHD, d_down_bias_ED = found
+    dy_TD = dy_TD.contiguous()
+    rows = launch.Rows(Sorted(order_R, inverse_R, end_E), index_TK.shape[1])
+    sums = d_up_bias_EH if has_up_bias and of_weights else None
+    dz_RH, dgate_TK = launch.hidden(dy_TD, down_EHD, z_RH, gate_TK, rows, d_bias_EH=sums)
+    if of_weights:
+        launch.weight("down_weight", gated_RH, dy_TD, rows, d_down_EHD)
+        launch.weight("up_weight", x_TD, dz_RH, rows, d_up_EDH)
+    if of_tokens:
+        dx_TD = launch.out("token", dz_RH, up_EDH, None, gate_TK, rows)
+    if down_bias_ED is not None:
+        # Products over tokens, not rows: a K-th of what a pass over rows reads.
+        dgate_TK = dgate_TK + (dy_TD @ down_bias_ED.T).gather(1, index_TK)
+        if of_weights:
+            gate_TE = dy_TD.new_zeros(len(dy_TD), len(up_EDH)).scatter_(1, index_TK, gate_TK.to(dy_TD.dtype))
+            torch.mm(gate_TE.T, dy_TD, out=d_down_bias_ED)
+    return dx_TD, dgate_TK, d_up_EDH, d_up_bias_EH, d_down_EHD, d_down_bias_ED
+
+
+def _empty_gradients(
+    x_TD: Tensor,
+    gate_TK: Tensor,
+    up_EDH: Tensor,
+    down_EHD: Tensor,
+    has_down_bias: bool,
+    has_up_bias: bool,
+    of_tokens: bool,
+    of_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of x, gates, and weights and biases in their order; empty where none is asked for."""
+    E, D, H = up_EDH.shape
+    return (
+        x_TD.new_empty(x_TD.shape if of_tokens else (0,)),
+        gate_TK.new_empty(gate_TK.shape),
+        up_EDH.new_empty((E, D, H) if of_weights else (0,)),
+        up_EDH.new_empty((E, H) if of_weights and has_up_bias else (0,)),
+        down_EHD.new_empty((E, H, D) if of_weights else (0,)),
+        down_EHD.new_empty((E, D) if of_weights and has_down_bias else (0,)),
+    )
+
+
+def _fake_backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    index_TK: Tensor,
+    gate_TK: Tensor,
+    up_EDH: Tensor,
+    down_EHD: Tensor,
+    down_bias_ED: Tensor | None,
+    z_RH: Tensor,
+    gated_RH: Tensor,
+    order_R: Tensor,
+    inverse_R: Tensor,
+    end_E: Tensor,
+    has_up_bias: bool,
+    of_tokens: bool,
+    of_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    del dy_TD, index_TK, z_RH, gated_RH, order_R, inverse_R, end_E
+    return _empty_gradients(x_TD, gate_TK, up_EDH, down_EHD, down_bias_ED is not None, has_up_bias, of_tokens, of_weights)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x_TD, index_TK, gate_TK, up_EDH, up_bias_EH, down_EHD, down_bias_ED, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x_TD, index_TK, gate_TK, up_EDH, down_EHD, down_bias_ED, *output[1:])
+    ctx.has_up_bias = up_bias_EH is not None
+
+
+def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grads[0] is None:
+        return (None,) * 8
+    x, _, gate, up, up_bias, down, down_bias, _ = ctx.needs_input_grad
+    wanted = (ctx.has_up_bias, x, up or up_bias or down or down_bias)
+    found = torch.ops.dotcbm.experts_backward(grads[0], *ctx.saved_tensors, *wanted)
+    dx, dgate, *weights = (g if needed else None for g, needed in zip(found, (x, gate, up, up_bias, down, down_bias), strict=True))
+    return dx, None, dgate, *weights, None
+
+
+_operator = torch.library.custom_op("dotcbm::experts", _forward, mutates_args=())
+_gradient_operator = torch.library.custom_op("dotcbm::experts_backward", _backward, mutates_args=())
+_operator.register_fake(_fake_forward)
+_gradient_operator.register_fake(_fake_backward)
+_operator.register_autograd(_differentiate, setup_context=_remember)
+flops.register_operators(torch.ops.dotcbm.experts, torch.ops.dotcbm.experts_backward)

@@ -1,0 +1,387 @@
+"""The products of sparse experts, forward and backward, as Triton kernels: what surrounds a product is done where it is read or written.
+
+T tokens, D width, H hidden width, E experts, K experts per token, R = T K rows sorted by expert. With g a row's gate, x its token and dy
+the gradient of that token's output,
+
+    up      z = x up + bias;  gated = g GELU(z)              x read through the order
+    down    y = gated down + g bias                           written to the token's row where K = 1
+    hidden  dh = dy down^T;  dz = g dh GELU'(z);  dg = sum dh GELU(z);  sums of dz over a tile's rows      dy read through the order
+    token   dx = dz up^T                                      as `down`
+    weight  d(up) = x^T dz;  d(down) = gated^T dy             over the rows of a chunk of one expert; x, dy read through the order
+
+The gate enters with GELU and not with the output: then the gradient of `down` is a plain product of what is in memory, and no product has
+to scale an operand on its way from memory to the tensor cores (ScatterMoE, arXiv 2403.08245, scales the gradient in a pass of its own).
+That d(gate) comes out of dh and GELU(z), and needs no output of the experts, is SonicMoE's (arXiv 2512.14080). Ours: GELU(z) is kept
+beside z, since here it needs no recomputation and costs a dense MLP in PyTorch the same memory.
+
+A program takes up to BM rows of one expert, which it finds in a map (see `triton_sorting`), by BN columns; programs next to each other
+take the same rows, so that these are read from memory once. Sums are in float32, and nothing is added atomically: results are the same
+in every run. Rows beyond the end of a tile repeat its last one where they are read, and are not written.
+"""
+
+# Triton compiles these functions; to a checker of Python their values are not what they are.
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false, reportArgumentType=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "add_chunks_kernel",
+    "add_slots_kernel",
+    "add_tiles_kernel",
+    "hidden_gradient_kernel",
+    "out_kernel",
+    "up_kernel",
+    "weight_gradient_kernel",
+]
+
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+_INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
+_MINUS_HALF_LOG2E = tl.constexpr(-0.7213475204444817)
+# erfc(x) = t (a1 + t (a2 + ...)) exp(-x^2), t = 1 / (1 + p x), x >= 0, to 1.5e-7: Abramowitz and Stegun 7.1.26.
+_P = tl.constexpr(0.3275911)
+_A1, _A2, _A3 = tl.constexpr(0.254829592), tl.constexpr(-0.284496736), tl.constexpr(1.421413741)
+_A4, _A5 = tl.constexpr(-1.453152027), tl.constexpr(1.061405429)
+
+
+@triton.jit
+def _normal(z):
+    """Phi(z) and exp(-z^2 / 2), of which the first takes the second: less than half the instructions of erf and exp."""
+    x = tl.abs(z) * _SQRT_HALF
+    exponential = tl.exp2(z * z * _MINUS_HALF_LOG2E)
+    t = 1.0 / (1.0 + _P * x)
+    beyond = 0.5 * exponential * t * (_A1 + t * (_A2 + t * (_A3 + t * (_A4 + t * _A5))))
+    return tl.where(z < 0, beyond, 1 - beyond), exponential
+
+
+@triton.jit
+def _tile(tile_ptr, N, BN: tl.constexpr):
+    """This program's tile, its expert (-1: none) and rows, and its first column."""
+    across = tl.cdiv(N, BN)
+    tile = tl.program_id(0) // across
+    expert, begin, end = tl.load(tile_ptr + 4 * tile), tl.load(tile_ptr + 4 * tile + 1), tl.load(tile_ptr + 4 * tile + 2)
+    return tile, expert, begin, end, tl.program_id(0) % across
+
+
+@triton.jit
+def _multiply(
+    a,
+    b,
+    row_M,
+    a_row,
+    b_row,
+    n0,
+    K,
+    N,
+    A_DESC: tl.constexpr,
+    B_DESC: tl.constexpr,
+    B_TRANSPOSED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """(BM, BN) rows of `a` times the matrix that starts in row `b_row` of `b`, which has rows of length N or, transposed, of length K.
+
+    Through descriptors `a` is read from row a_row on, else in rows row_M.
+    """
+    offs_k = tl.arange(0, BK)
+    offs_n = n0 + tl.arange(0, BN)
+    if not A_DESC:
+        a_ptrs = a + row_M[:, None].to(tl.int64) * K + offs_k[None, :]
+    if not B_DESC:
+        if B_TRANSPOSED:
+            b_ptrs = b + (b_row + offs_n)[None, :].to(tl.int64) * K + offs_k[:, None]
+        else:
+            b_ptrs = b + (b_row + offs_k)[:, None].to(tl.int64) * N + offs_n[None, :]
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, K, BK):
+        if A_DESC:
+            a_tile = a.load([a_row, k])
+        elif EVEN_K:
+            a_tile = tl.load(a_ptrs)
+        else:
+            a_tile = tl.load(a_ptrs, mask=(offs_k < K - k)[None, :], other=0.0)
+        if B_DESC and B_TRANSPOSED:
+            b_tile = tl.trans(b.load([b_row + n0, k]))
+        elif B_DESC:
+            b_tile = b.load([b_row + k, n0])
+        elif EVEN_K and EVEN_N:
+            b_tile = tl.load(b_ptrs)
+        else:
+            b_tile = tl.load(b_ptrs, mask=(offs_k < K - k)[:, None] & (offs_n < N)[None, :], other=0.0)
+        if WIDEN:
+            a_tile, b_tile = a_tile.to(tl.float32), b_tile.to(tl.float32)
+        acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee")
+        if not A_DESC:
+            a_ptrs += BK
+        if not B_DESC:
+            if B_TRANSPOSED:
+                b_ptrs += BK
+            else:
+                b_ptrs += BK * N
+    return acc
+
+
+@triton.jit
+def _split(acc, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr):
+    """PARTS pieces of the columns, in their order: what follows a product would not fit into registers for all of them at once."""
+    if PARTS == 1:
+        parts = (acc,)
+    else:
+        left, right = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        parts = _split(left, BM, BN // 2, PARTS // 2) + _split(right, BM, BN // 2, PARTS // 2)
+    return parts
+
+
+@triton.jit
+def up_kernel(
+    x,
+    up,
+    bias_ptr,
+    gate_ptr,
+    order_ptr,
+    tile_ptr,
+    z_ptr,
+    gated_ptr,
+    D,
+    H,
+    SLOTS,
+    HAS_BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
+    B_DESC: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """z = x up + bias, written where KEEP, and g GELU(z)."""
+    _, expert, begin, end, n = _tile(tile_ptr, H, BN)
+    if expert < 0:
+        return
+    row = begin + tl.arange(0, BM)
+    assignment = tl.load(order_ptr + tl.minimum(row, end - 1))
+    acc = _multiply(x, up, assignment // SLOTS, 0, expert * D, n * BN, D, H, False, B_DESC, False, EVEN_K, EVEN_N, WIDEN, BM, BN, BK)
+    gate = tl.load(gate_ptr + assignment)
+    parts = _split(acc, BM, BN, PARTS)
+    for j in tl.static_range(PARTS):
+        offs_n = n * BN + j * (BN // PARTS) + tl.arange(0, BN // PARTS)
+        z = parts[j]
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + expert.to(tl.int64) * H + offs_n, mask=offs_n < H, other=0.0).to(tl.float32)[None, :]
+        z = z.to(gated_ptr.dtype.element_ty)  # rounded first: backward sees the z that GELU saw
+        ok = (row < end)[:, None]
+        if not EVEN_N:
+            ok = ok & (offs_n < H)[None, :]
+        at = row[:, None].to(tl.int64) * H + offs_n[None, :]
+        if KEEP:
+            tl.store(z_ptr + at, z, mask=ok)
+        z = z.to(tl.float32)
+        below, _ = _normal(z)
+        tl.store(gated_ptr + at, z * below * gate[:, None], mask=ok)
+
+
+@triton.jit
+def out_kernel(
+    a,
+    weight,
+    bias_ptr,
+    gate_ptr,
+    order_ptr,
+    tile_ptr,
+    out_ptr,
+    K,
+    N,
+    HAS_BIAS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    SCATTER: tl.constexpr,
+    A_DESC: tl.constexpr,
+    B_DESC: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Rows times their expert's weight, or its transpose, plus g bias; to the token's row where SCATTER, else in the order of experts."""
+    _, expert, begin, end, n = _tile(tile_ptr, N, BN)
+    if expert < 0:
+        return
+    row = begin + tl.arange(0, BM)
+    rows = tl.minimum(row, end - 1)
+    b_row = expert * N if TRANSPOSED else expert * K
+    acc = _multiply(a, weight, rows, begin, b_row, n * BN, K, N, A_DESC, B_DESC, TRANSPOSED, EVEN_K, EVEN_N, WIDEN, BM, BN, BK)
+    offs_n = n * BN + tl.arange(0, BN)
+    to = rows
+    if SCATTER or HAS_BIAS:
+        assignment = tl.load(order_ptr + rows)
+        if SCATTER:
+            to = assignment
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + expert.to(tl.int64) * N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+        acc += tl.load(gate_ptr + assignment)[:, None] * bias[None, :]
+    tl.store(out_ptr + to[:, None].to(tl.int64) * N + offs_n[None, :], acc, mask=(row < end)[:, None] & (offs_n < N)[None, :])
+
+
+@triton.jit
+def hidden_gradient_kernel(
+    dy,
+    down,
+    z_ptr,
+    gate_ptr,
+    order_ptr,
+    tile_ptr,
+    dz_ptr,
+    dgate_ptr,
+    sum_ptr,
+    D,
+    H,
+    R,
+    SLOTS,
+    HAS_BIAS: tl.constexpr,
+    B_DESC: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """dz; what these columns contribute to d(gate), at dgate[n, assignment]; and dz summed over the tile's rows, at sum[tile, column]."""
+    tile, expert, begin, end, n = _tile(tile_ptr, H, BN)
+    if expert < 0:
+        return
+    row = begin + tl.arange(0, BM)
+    assignment = tl.load(order_ptr + tl.minimum(row, end - 1))
+    acc = _multiply(dy, down, assignment // SLOTS, 0, expert * H, n * BN, D, H, False, B_DESC, True, EVEN_K, EVEN_N, WIDEN, BM, BN, BK)
+    gate = tl.load(gate_ptr + assignment)
+    dgate = tl.zeros((BM,), tl.float32)
+    parts = _split(acc, BM, BN, PARTS)
+    for j in tl.static_range(PARTS):
+        offs_n = n * BN + j * (BN // PARTS) + tl.arange(0, BN // PARTS)
+        ok = (row < end)[:, None]
+        if not EVEN_N:
+            ok = ok & (offs_n < H)[None, :]
+        at = row[:, None].to(tl.int64) * H + offs_n[None, :]
+        z = tl.load(z_ptr + at, mask=ok, other=0.0).to(tl.float32)  # 0 beyond the last column, where GELU is 0 then
+        below, exponential = _normal(z)
+        dgate += tl.sum(parts[j] * (z * below), 1)
+        dz = parts[j] * gate[:, None] * (below + z * (_INVERSE_SQRT_2PI * exponential))
+        tl.store(dz_ptr + at, dz, mask=ok)
+        if HAS_BIAS:
+            tl.store(sum_ptr + tile.to(tl.int64) * H + offs_n, tl.sum(tl.where(ok, dz, 0.0), 0), mask=offs_n < H)
+    tl.store(dgate_ptr + n.to(tl.int64) * R + assignment, dgate, mask=row < end)
+
+
+@triton.jit
+def weight_gradient_kernel(
+    a,
+    b,
+    order_ptr,
+    tile_ptr,
+    out_ptr,
+    work_ptr,
+    M,
+    N,
+    size,
+    SLOTS,
+    GATHER_A: tl.constexpr,
+    DESC: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """The sum of a^T b over a chunk of an expert's rows: to `out` where it is the only one, else in float32 to its slot of `work`.
+
+    One of a, with GATHER_A, and b is read in the rows of the tokens, and the other, with DESC through a descriptor, in the order of
+    experts. There the rows after the chunk are not masked, as those that they are multiplied with are zero.
+    """
+    across, down = tl.cdiv(N, BN), tl.cdiv(M, BM)
+    tile = tl.program_id(0) // (across * down)
+    m, n = tl.program_id(0) // across % down, tl.program_id(0) % across
+    expert, begin, end = tl.load(tile_ptr + 4 * tile), tl.load(tile_ptr + 4 * tile + 1), tl.load(tile_ptr + 4 * tile + 2)
+    if expert < 0:
+        return
+    offs_m, offs_n, offs_k = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    acc = tl.zeros((BM, BN), tl.float32)
+    # Read one step ahead: a load that waits for another would stop the tensor cores at every step.
+    token = tl.load(order_ptr + begin + offs_k, mask=begin + offs_k < end, other=0) // SLOTS
+    for r in range(begin, end, BK):
+        row = r + offs_k
+        ok = row < end
+        row_a, row_b = (token, row) if GATHER_A else (row, token)
+        if DESC and not GATHER_A:
+            a_tile = a.load([r, m * BM])
+        else:
+            a_ok = ok[:, None] if EVEN_M else ok[:, None] & (offs_m < M)[None, :]
+            a_tile = tl.load(a + row_a[:, None].to(tl.int64) * M + offs_m[None, :], mask=a_ok, other=0.0)
+        if DESC and GATHER_A:
+            b_tile = b.load([r, n * BN])
+        else:
+            b_ok = ok[:, None] if EVEN_N else ok[:, None] & (offs_n < N)[None, :]
+            b_tile = tl.load(b + row_b[:, None].to(tl.int64) * N + offs_n[None, :], mask=b_ok, other=0.0)
+        token = tl.load(order_ptr + row + BK, mask=row + BK < end, other=0) // SLOTS
+        if WIDEN:
+            a_tile, b_tile = a_tile.to(tl.float32), b_tile.to(tl.float32)
+        acc = tl.dot(tl.trans(a_tile), b_tile, acc, input_precision="ieee")
+    slot = tl.load(tile_ptr + 4 * tile + 3)
+    at = offs_m[:, None] * N + offs_n[None, :]
+    held = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    if slot < 0:
+        tl.store(out_ptr + expert.to(tl.int64) * size + at, acc, mask=held)
+    else:
+        tl.store(work_ptr + slot.to(tl.int64) * size + at, acc, mask=held)
+
+
+@triton.jit
+def add_chunks_kernel(work_ptr, span_ptr, out_ptr, size, B: tl.constexpr):
+    """Gradients of the experts that have several chunks, and zero for those that have none."""
+    expert = tl.program_id(1)
+    count, slot = tl.load(span_ptr + 3 * expert + 1), tl.load(span_ptr + 3 * expert + 2)
+    if count == 1:
+        return
+    offs = tl.program_id(0) * B + tl.arange(0, B)
+    total = tl.zeros((B,), tl.float32)
+    for i in range(count):
+        total += tl.load(work_ptr + (slot + i).to(tl.int64) * size + offs, mask=offs < size, other=0.0)
+    tl.store(out_ptr + expert.to(tl.int64) * size + offs, total, mask=offs < size)
+
+
+@triton.jit
+def add_tiles_kernel(sum_ptr, span_ptr, out_ptr, H, L: tl.constexpr, B: tl.constexpr):
+    """Sums over each expert's tiles."""
+    expert = tl.program_id(1)
+    first, count = tl.load(span_ptr + 3 * expert), tl.load(span_ptr + 3 * expert + 1)
+    offs = tl.program_id(0) * B + tl.arange(0, B)
+    total = tl.zeros((L, B), tl.float32)
+    for i in range(0, count, L):
+        tile = i + tl.arange(0, L)
+        at = (first + tile)[:, None].to(tl.int64) * H + offs[None, :]
+        total += tl.load(sum_ptr + at, mask=(tile < count)[:, None] & (offs < H)[None, :], other=0.0)
+    tl.store(out_ptr + expert.to(tl.int64) * H + offs, tl.sum(total, 0), mask=offs < H)
+
+
+@triton.jit
+def add_slots_kernel(row_ptr, inverse_ptr, out_ptr, T, D, SLOTS: tl.constexpr, BT: tl.constexpr, B: tl.constexpr):
+    """(T, D) the sum over a token's experts of rows in the order of experts."""
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    offs = tl.program_id(1) * B + tl.arange(0, B)
+    ok = (token < T)[:, None] & (offs < D)[None, :]
+    total = tl.zeros((BT, B), tl.float32)
+    for slot in tl.static_range(SLOTS):
+        row = tl.load(inverse_ptr + token * SLOTS + slot, mask=token < T, other=0)
+        total += tl.load(row_ptr + row[:, None].to(tl.int64) * D + offs[None, :], mask=ok, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token[:, None].to(tl.int64) * D + offs[None, :], total, mask=ok)

@@ -1,0 +1,317 @@
+"""Launches of `triton_kernels`: tiles chosen and mapped, outputs made, operands handed over as descriptors where that applies.
+
+T tokens, D width, H hidden width, E experts, K experts per token, R = T K rows sorted by expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dotcbm.moe import triton_kernels as kernels
+from dotcbm.moe.triton_sorting import Sorted, TileMap, tile_map
+
+__all__ = ["PRODUCTS", "Product", "Rows", "Tiles", "chunk_size", "hidden", "out", "tiles_of", "up", "weight"]
+
+Product = Literal["up", "down", "hidden", "token", "up_weight", "down_weight"]
+PRODUCTS: tuple[Product, ...] = ("up", "down", "hidden", "token", "up_weight", "down_weight")
+
+_UP: Any = kernels.up_kernel  # called as kernel[grid](...), which no checker understands
+_OUT: Any = kernels.out_kernel
+_HIDDEN: Any = kernels.hidden_gradient_kernel
+_WEIGHT: Any = kernels.weight_gradient_kernel
+_ADD_CHUNKS: Any = kernels.add_chunks_kernel
+_ADD_TILES: Any = kernels.add_tiles_kernel
+_ADD_SLOTS: Any = kernels.add_slots_kernel
+
+_H100_SMS = 132
+# Rounds of programs that weight gradients should have at least: the last, in which some of the GPU idles, is then a small part.
+_ROUNDS = 4
+# What programs of the additions take at a time.
+_SUM_TILES, _SUM_COLUMNS, _SUMMED_TOKENS, _ADDED = 16, 128, 32, 1024
+# Sums up to this length are short (see `tiles_of`).
+_FEW_STEPS = 512
+_ALIGNMENT = 16  # bytes, of a descriptor's rows
+
+
+class Tiles(NamedTuple):
+    """What one program computes and how.
+
+    A program makes `rows` by `columns` of a product in steps of `inner`. Descriptors (Hopper's copy engine) serve weights and what is in
+    the order of experts; tokens are read through pointers.
+    """
+
+    rows: int
+    columns: int
+    inner: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool
+    parts: int = 4
+    """Pieces of the columns, 1, 2, 4 or 8, that "up" and "hidden" finish one after another; more need fewer registers."""
+    max_registers: int | None = None
+    """Per thread; 128 let two programs of 8 warps share a multiprocessor."""
+
+
+def tiles_of(product: Product, dtype: torch.dtype, *, inner: int, columns: int) -> Tiles:
+    """One of two shapes, so that a kernel is compiled twice at most for each type, K = 1 and sizes that divide.
+
+    Few steps leave a program waiting for its first operands and its last writes for much of its time, which another one on the same
+    multiprocessor fills; many steps are limited by what has to be read from the cache, of which wide tiles need less.
+
+    Args:
+        product: Which.
+        dtype: Of its operands.
+        inner: Length of its sums; of weight gradients the number of rows.
+        columns: N.
+    """
+    if dtype == torch.float32:  # no tensor cores in full precision
+        return Tiles(64, 64, 32, 4, 2, descriptors=False, parts=1)
+    parts = 8 if product == "hidden" else 4  # as few as need no registers from memory
+    if inner <= _FEW_STEPS or columns % 256:
+        return Tiles(128, 128, 64, 8, 3, descriptors=True, parts=parts, max_registers=128)
+    return Tiles(128, 256, 64, 8, 3, descriptors=True, parts=parts)
+
+
+@dataclass
+class Rows:
+    """Where the R rows are, and maps of their tiles, made once for each size of tile."""
+
+    sorted: Sorted
+    k: int
+    maps: dict[int, TileMap] = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return len(self.sorted.order_R)
+
+    def tiles(self, size: int) -> TileMap:
+        """Of up to `size` rows."""
+        if size not in self.maps:
+            self.maps[size] = tile_map(self.sorted.end_E, self.num_rows, size)
+        return self.maps[size]
+
+
+def up(
+    x_TD: Tensor, up_EDH: Tensor, bias_EH: Tensor | None, gate_TK: Tensor, rows: Rows, *, keep: bool, tiles: Tiles | None = None
+) -> tuple[Tensor, Tensor]:
+    """(R, H) z, empty without `keep`, and (R, H) g GELU(z)."""
+    _, D, H = up_EDH.shape
+    tiles = tiles or tiles_of("up", x_TD.dtype, inner=D, columns=H)
+    gated_RH = x_TD.new_empty(rows.num_rows, H)
+    z_RH = x_TD.new_empty(gated_RH.shape if keep else (0,))
+    tile_L4 = rows.tiles(tiles.rows).tile_L4
+    weight, described = _described(up_EDH, (tiles.inner, tiles.columns), tiles, inner=D)
+    _UP[_grid(tile_L4, H, tiles)](
+        x_TD,
+        weight,
+        bias_EH,
+        gate_TK,
+        rows.sorted.order_R,
+        tile_L4,
+        z_RH,
+        gated_RH,
+        D,
+        H,
+        rows.k,
+        HAS_BIAS=bias_EH is not None,
+        KEEP=keep,
+        B_DESC=described,
+        PARTS=tiles.parts,
+        **_compiled(x_TD, tiles, D, H),
+    )
+    return z_RH, gated_RH
+
+
+def out(
+    product: Literal["down", "token"],
+    a_RX: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate_TK: Tensor,
+    rows: Rows,
+    *,
+    tiles: Tiles | None = None,
+) -> Tensor:
+    """(T, D) the sum over a token's experts of rows times `weight` (E, H, D), or for "token" the transpose of `weight` (E, D, H)."""
+    transposed = product == "token"
+    inner, columns = weight.shape[1:] if not transposed else weight.shape[:0:-1]
+    tiles = tiles or tiles_of(product, a_RX.dtype, inner=inner, columns=columns)
+    result = a_RX.new_empty(rows.num_rows, columns)
+    tile_L4 = rows.tiles(tiles.rows).tile_L4
+    a, a_described = _described(a_RX, (tiles.rows, tiles.inner), tiles, inner=inner)
+    block = (tiles.columns, tiles.inner) if transposed else (tiles.inner, tiles.columns)
+    b, b_described = _described(weight, block, tiles, inner=inner)
+    _OUT[_grid(tile_L4, columns, tiles)](
+        a,
+        b,
+        bias,
+        gate_TK,
+        rows.sorted.order_R,
+        tile_L4,
+        result,
+        inner,
+        columns,
+        HAS_BIAS=bias is not None,
+        TRANSPOSED=transposed,
+        SCATTER=rows.k == 1,
+        A_DESC=a_described,
+        B_DESC=b_described,
+        **_compiled(a_RX, tiles, inner, columns),
+    )
+    return result if rows.k == 1 else add_slots(result, rows)
+
+
+def add_slots(row_RD: Tensor, rows: Rows) -> Tensor:
+    """(T, D) sums over each token's K rows."""
+    T, D = rows.num_rows // rows.k, row_RD.shape[1]
+    result = row_RD.new_empty(T, D)
+    grid = (triton.cdiv(T, _SUMMED_TOKENS), triton.cdiv(D, _SUM_COLUMNS))
+    _ADD_SLOTS[grid](row_RD, rows.sorted.inverse_R, result, T, D, SLOTS=rows.k, BT=_SUMMED_TOKENS, B=_SUM_COLUMNS)
+    return result
+
+
+def hidden(
+    dy_TD: Tensor,
+    down_EHD: Tensor,
+    z_RH: Tensor,
+    gate_TK: Tensor,
+    rows: Rows,
+    *,
+    d_bias_EH: Tensor | None = None,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(R, H) dz, and (T, K) float32 d(gate) without the down bias's part; the gradient of the up bias is written to `d_bias_EH`."""
+    E, H, D = down_EHD.shape
+    tiles = tiles or tiles_of("hidden", dy_TD.dtype, inner=D, columns=H)
+    dz_RH = torch.empty_like(z_RH)
+    dgate_NR = gate_TK.new_empty(triton.cdiv(H, tiles.columns), rows.num_rows)
+    tile_L4, span_E3 = rows.tiles(tiles.rows)
+    sum_LH = gate_TK.new_empty((len(tile_L4), H) if d_bias_EH is not None else (0,))
+    weight, described = _described(down_EHD, (tiles.columns, tiles.inner), tiles, inner=D)
+    _HIDDEN[_grid(tile_L4, H, tiles)](
+        dy_TD,
+        weight,
+        z_RH,
+        gate_TK,
+        rows.sorted.order_R,
+        tile_L4,
+        dz_RH,
+        dgate_NR,
+        sum_LH,
+        D,
+        H,
+        rows.num_rows,
+        rows.k,
+        HAS_BIAS=d_bias_EH is not None,
+        B_DESC=described,
+        PARTS=tiles.parts,
+        **_compiled(dy_TD, tiles, D, H),
+    )
+    if d_bias_EH is not None:
+        _ADD_TILES[(triton.cdiv(H, _SUM_COLUMNS), E)](sum_LH, span_E3, d_bias_EH, H, L=_SUM_TILES, B=_SUM_COLUMNS)
+    return dz_RH, dgate_NR.sum(0).view_as(gate_TK)
+
+
+def weight(
+    product: Literal["up_weight", "down_weight"],
+    a: Tensor,
+    b: Tensor,
+    rows: Rows,
+    result_EMN: Tensor,
+    *,
+    chunk: int | None = None,
+    tiles: Tiles | None = None,
+) -> None:
+    """Write each expert's a^T b: x^T dz for "up_weight", gated^T dy for "down_weight".
+
+    Args:
+        product: Which; x and dy are in the order of tokens, the others in that of experts.
+        a: (T, M) or (R, M).
+        b: (R, N) or (T, N).
+        rows: Their order.
+        result_EMN: Where to.
+        chunk: Rows that one program sums at most; None for `chunk_size`.
+        tiles: None for `tiles_of`.
+    """
+    E, M, N = result_EMN.shape
+    tiles = tiles or tiles_of(product, a.dtype, inner=rows.num_rows, columns=N)
+    gather_a = product == "up_weight"
+    per_chunk = triton.cdiv(M, tiles.rows) * triton.cdiv(N, tiles.columns)
+    chunk = chunk or chunk_size(rows.num_rows, E, per_chunk, _num_sms(a.device))
+    tile_L4, span_E3 = rows.tiles(chunk)
+    # Experts with several chunks have more than `chunk` rows, so 2 R / chunk chunks at most.
+    work = a.new_empty((2 * rows.num_rows // chunk, M, N), dtype=torch.float32)
+    described = False
+    if gather_a:
+        b, described = _described(b, (tiles.inner, tiles.columns), tiles)
+    else:
+        a, described = _described(a, (tiles.inner, tiles.rows), tiles)
+    _WEIGHT[(len(tile_L4) * per_chunk,)](
+        a,
+        b,
+        rows.sorted.order_R,
+        tile_L4,
+        result_EMN,
+        work,
+        M,
+        N,
+        M * N,
+        rows.k,
+        GATHER_A=gather_a,
+        DESC=described,
+        EVEN_M=M % tiles.rows == 0,
+        EVEN_N=N % tiles.columns == 0,
+        **_blocks(result_EMN, tiles),
+    )
+    _ADD_CHUNKS[(triton.cdiv(M * N, _ADDED), E)](work, span_E3, result_EMN, M * N, B=_ADDED)
+
+
+def chunk_size(num_rows: int, num_experts: int, per_chunk: int, num_sms: int) -> int:
+    """Rows of an expert that a program sums: all of them unless the GPU had too little to do, or the expert has twice its share.
+
+    Args:
+        num_rows: R.
+        num_experts: E.
+        per_chunk: Programs that share a chunk.
+        num_sms: Programs that run at once.
+    """
+    wanted = triton.cdiv(_ROUNDS * num_sms, per_chunk)
+    rows = triton.cdiv(2 * num_rows, num_experts) if wanted <= 1.5 * num_experts else triton.cdiv(num_rows, wanted)
+    return max(256, triton.cdiv(rows, 64) * 64)
+
+
+def _grid(tile_L4: Tensor, columns: int, tiles: Tiles) -> tuple[int]:
+    return (len(tile_L4) * triton.cdiv(columns, tiles.columns),)
+
+
+def _compiled(tensor: Tensor, tiles: Tiles, inner: int, columns: int) -> dict[str, Any]:
+    return {"EVEN_K": inner % tiles.inner == 0, "EVEN_N": columns % tiles.columns == 0, **_blocks(tensor, tiles)}
+
+
+def _blocks(tensor: Tensor, tiles: Tiles) -> dict[str, Any]:
+    # Triton's interpreter, on a CPU, knows bfloat16 as integers alone.
+    widen = tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
+    sizes = {"BM": tiles.rows, "BN": tiles.columns, "BK": tiles.inner}
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "maxnreg": tiles.max_registers}
+    return {"WIDEN": widen, **sizes, **options}
+
+
+def _described(tensor: Tensor, block: tuple[int, int], tiles: Tiles, *, inner: int | None = None) -> tuple[Any, bool]:
+    """The tensor's rows as a descriptor that reads blocks, where that applies: no step of a sum may reach into the next matrix."""
+    fits = tensor.shape[-1] * tensor.element_size() % _ALIGNMENT == 0 and tensor.data_ptr() % _ALIGNMENT == 0
+    if not (tiles.descriptors and fits and (inner is None or inner % tiles.inner == 0)):
+        return tensor, False
+    return TensorDescriptor.from_tensor(tensor.view(-1, tensor.shape[-1]), list(block)), True
+
+
+@lru_cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _H100_SMS

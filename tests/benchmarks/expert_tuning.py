@@ -1,0 +1,242 @@
+"""Where the time of the Triton experts goes, kernel by kernel, and which tiles suit which product.
+
+T tokens, D width, H hidden width, E experts, K experts per token, R = T K rows.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from dotcbm.moe.triton_launch import PRODUCTS, Product, Rows, Tiles, hidden, out, tiles_of, up, weight
+from dotcbm.moe.triton_sorting import sort_by_expert, tile_map
+
+from .expert_speed import Problem, Size
+from .tables import Table, number
+from .timing import NUM_SETS, interleave
+
+__all__ = ["CANDIDATES", "KernelRow", "TileRow", "kernel_table", "measure_kernels", "precompile", "sweep", "tile_table"]
+
+_HEAD_START_CYCLES = 5_000_000  # some 3 ms, in which the host launches what is timed
+_ROUNDS = 7
+
+CANDIDATES: dict[str, Tiles] = {
+    "128x256 8w 3s": Tiles(128, 256, 64, 8, 3, True, 4),
+    "128x256 8w 3s, 8 parts": Tiles(128, 256, 64, 8, 3, True, 8),
+    "128x256 8w 4s": Tiles(128, 256, 64, 8, 4, True, 4),
+    "128x256 8w 3s, pointers": Tiles(128, 256, 64, 8, 3, False, 4),
+    "256x128 8w 3s": Tiles(256, 128, 64, 8, 3, True, 4),
+    "256x128 8w 4s": Tiles(256, 128, 64, 8, 4, True, 4),
+    "128x128 8w 3s 128r": Tiles(128, 128, 64, 8, 3, True, 4, 128),
+    "128x128 8w 3s 128r, 8 parts": Tiles(128, 128, 64, 8, 3, True, 8, 128),
+    "128x128 8w 3s 128r, pointers": Tiles(128, 128, 64, 8, 3, False, 4, 128),
+    "128x128 4w 3s": Tiles(128, 128, 64, 4, 3, True, 4),
+    "128x128 4w 3s, 8 parts": Tiles(128, 128, 64, 4, 3, True, 8),
+    "128x128x32 4w 5s": Tiles(128, 128, 32, 4, 5, True, 4),
+    "64x256 4w 2s": Tiles(64, 256, 64, 4, 2, True, 8),
+    "64x128 4w 4s 128r": Tiles(64, 128, 64, 4, 4, True, 4, 128),
+}
+SMALL_CANDIDATES = {"32x32": Tiles(32, 32, 16, 4, 2, True, 1), "32x32, pointers": Tiles(32, 32, 16, 4, 2, False, 1)}
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One step alone: milliseconds, and FLOPs (0: none that count)."""
+
+    name: str
+    milliseconds: float
+    flops: int
+
+
+@dataclass(frozen=True)
+class TileRow:
+    """One configuration: milliseconds by product, None where it does not run, and why not."""
+
+    name: str
+    milliseconds: dict[str, float | None]
+    error: str
+
+
+def measure_kernels(problem: Problem, *, device: torch.device, repeats: int) -> list[KernelRow]:
+    """Each step of forward and backward, as the operators take it."""
+    steps, flops = _steps(problem), 2 * problem.num_tokens * problem.size.k * problem.size.width * problem.size.hidden
+    num_experts = problem.size.num_experts
+    rows = steps.rows[0]
+    calls: dict[str, Callable[[int], object]] = {
+        "sort": lambda index: sort_by_expert(problem.index[index], num_experts),
+        "a tile map": lambda index: tile_map(rows.sorted.end_E, rows.num_rows, 128),
+        **{product: lambda index, product=product: steps.run(product, index, None) for product in PRODUCTS},
+        "bias: d(gate)": lambda index: (problem.dy[index] @ problem.experts.down_bias_ED.T).gather(1, problem.index[index]),  # pyright: ignore
+        "bias: d(down bias)": steps.bias,
+    }
+    samples = interleave(calls, device=device, repeats=repeats)
+    found = [KernelRow(name, x.median, flops if name in PRODUCTS else 0) for name, x in samples.items()]
+    total = sum(row.milliseconds for row in found) + 2 * found[1].milliseconds  # three maps: forward's, backward's, and chunks
+    return [*found, KernelRow("sum, with three maps", total, 6 * flops)]
+
+
+def kernel_table(title: str, rows: Sequence[KernelRow]) -> Table:
+    """Time, share and rate of each step."""
+    total = rows[-1].milliseconds
+    lines = [
+        [
+            row.name,
+            number(row.milliseconds),
+            f"{100 * row.milliseconds / total:.1f} %",
+            number(row.flops / row.milliseconds / 1e9) if row.flops else "-",
+        ]
+        for row in rows
+    ]
+    note = "down and token include the sum over slots where k > 1; hidden that of the up bias; weight gradients that of chunks."
+    return Table(title, ["", "ms", "share", "TFLOP/s"], lines, note)
+
+
+def precompile(sizes: Sequence[Size], candidates: Sequence[Tiles]) -> None:
+    """Compile every kernel of a sweep in as many processes as there are processors, into Triton's cache on the disk."""
+    jobs: dict[tuple[object, ...], tuple[Size, Product, Tiles]] = {}
+    for size in sizes:
+        for product in PRODUCTS:
+            for tiles in candidates:
+                wide, deep = _columns(product, size), _inner(product, size)
+                key = (product, tiles, size.k == 1, wide % tiles.columns == 0, deep % tiles.inner == 0, deep % tiles.rows == 0)
+                jobs.setdefault(key, (size, product, tiles))
+    workers = min(12, max(1, (os.cpu_count() or 2) - 2))
+    parts = [list(jobs.values())[i::workers] for i in range(workers)]
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile, parts))
+
+
+def sweep(problem: Problem, candidates: dict[str, Tiles], *, device: torch.device) -> list[TileRow]:
+    """Every candidate for every product; the better of two passes, the second in the opposite order."""
+    steps = _steps(problem)
+    found: dict[tuple[str, Product], float] = {}
+    errors: dict[str, str] = {}
+    for names in (list(candidates), list(candidates)[::-1]):
+        for product in PRODUCTS:
+            for name in names:
+                try:
+                    time = _median(lambda index: steps.run(product, index, candidates[name]), device)  # noqa: B023 (called at once)
+                except Exception as error:
+                    errors[name] = f"{product}: {type(error).__name__}: {str(error).splitlines()[0][:90] if str(error) else ''}"
+                    continue
+                found[name, product] = min(time, found.get((name, product), time))
+    return [TileRow(name, {product: found.get((name, product)) for product in PRODUCTS}, errors.get(name, "")) for name in candidates]
+
+
+def tile_table(title: str, rows: Sequence[TileRow], size: Size, num_tokens: int) -> Table:
+    """Rates, with a star at the best of each product and in brackets what `tiles_of` takes now."""
+    flops = 2 * num_tokens * size.k * size.width * size.hidden
+    best = {product: min((row.milliseconds[product] or np.inf) for row in rows) for product in PRODUCTS}
+    now = {product: _chosen(product, size, num_tokens) for product in PRODUCTS}
+    lines = []
+    for row in rows:
+        line = [row.name]
+        for product in PRODUCTS:
+            time = row.milliseconds[product]
+            text = "-" if time is None else f"{flops / time / 1e9:.0f}" + ("*" if time == best[product] else "")
+            line.append(f"({text})" if row.name == now[product] else text)
+        lines.append(line)
+    total = sum(best.values())
+    lines.append(["best of each, ms", *(number(best[product]) for product in PRODUCTS)])
+    errors = "".join(f" {row.name} does not run: {row.error}." for row in rows if row.error)
+    rate = number(6 * flops / total / 1e9)
+    note = f"TFLOP/s. *: best. In brackets: what tiles_of takes now. Best together: {number(total)} ms, {rate} TFLOP/s.{errors}"
+    return Table(title, ["rows x columns (x 64), warps, stages", *PRODUCTS], lines, note)
+
+
+class _Steps:
+    """Inputs of each product, by input set."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        experts = problem.experts
+        self.rows = [Rows(sort_by_expert(index, problem.size.num_experts), problem.size.k) for index in problem.index]
+        self.gate = [gate.detach() for gate in problem.gate]
+        self.x = [x.detach() for x in problem.x]
+        weights = (experts.up_EDH, experts.up_bias_EH, experts.down_EHD, experts.down_bias_ED)
+        self.weights = tuple(None if w is None else w.detach() for w in weights)
+        forward = [self.run("up", index, None) for index in range(NUM_SETS)]
+        self.z, self.gated = zip(*forward, strict=True)
+        self.dz = [self.run("hidden", index, None)[0] for index in range(NUM_SETS)]
+        self.d_up, self.d_down = torch.empty_like(self.weights[0]), torch.empty_like(self.weights[2])  # pyright: ignore[reportArgumentType]
+
+    def run(self, product: Product, index: int, tiles: Tiles | None) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, gate, dy = self.rows[index], self.gate[index], self.problem.dy[index]
+        up_EDH, up_bias, down_EHD, down_bias = self.weights
+        assert up_EDH is not None
+        assert down_EHD is not None
+        if product == "up":
+            return up(self.x[index], up_EDH, up_bias, gate, rows, keep=True, tiles=tiles)
+        if product == "down":
+            return (out("down", self.gated[index], down_EHD, down_bias, gate, rows, tiles=tiles),) * 2
+        if product == "hidden":
+            return hidden(dy, down_EHD, self.z[index], gate, rows, d_bias_EH=torch.empty_like(up_bias), tiles=tiles)  # pyright: ignore[reportArgumentType]
+        if product == "token":
+            return (out("token", self.dz[index], up_EDH, None, gate, rows, tiles=tiles),) * 2
+        if product == "up_weight":
+            weight("up_weight", self.x[index], self.dz[index], rows, self.d_up, tiles=tiles)
+        else:
+            weight("down_weight", self.gated[index], dy, rows, self.d_down, tiles=tiles)
+        return self.d_up, self.d_down
+
+    def bias(self, index: int) -> torch.Tensor:
+        dy, gate = self.problem.dy[index], self.gate[index]
+        gate_TE = dy.new_zeros(len(dy), self.problem.size.num_experts).scatter_(1, self.problem.index[index], gate.to(dy.dtype))
+        return gate_TE.T @ dy
+
+
+def _steps(problem: Problem) -> _Steps:
+    with torch.no_grad():
+        return _Steps(problem)
+
+
+def _columns(product: Product, size: Size) -> int:
+    return size.hidden if product in ("up", "hidden", "up_weight") else size.width
+
+
+def _inner(product: Product, size: Size) -> int:
+    return size.width if product in ("up", "hidden", "up_weight") else size.hidden
+
+
+def _chosen(product: Product, size: Size, num_tokens: int) -> str:
+    inner = num_tokens * size.k if product.endswith("weight") else _inner(product, size)
+    chosen = tiles_of(product, torch.bfloat16, inner=inner, columns=_columns(product, size))
+    if product not in ("up", "hidden"):  # the others have no parts
+        chosen = chosen._replace(parts=4)
+    return next((name for name, tiles in CANDIDATES.items() if tiles == chosen), "")
+
+
+def _median(call: Callable[[int], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        return interleave({"": call}, device=device, repeats=1)[""].median
+    for index in range(NUM_SETS):
+        call(index)
+    torch.cuda.synchronize()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(_ROUNDS + 1)]
+    torch.cuda._sleep(_HEAD_START_CYCLES)
+    events[0].record()
+    for i in range(_ROUNDS):
+        call(i % NUM_SETS)
+        events[i + 1].record()
+    torch.cuda.synchronize()
+    return float(np.median([a.elapsed_time(b) for a, b in pairwise(events)]))
+
+
+def _compile(jobs: Sequence[tuple[Size, Product, Tiles]]) -> None:
+    """In a process of its own: run on few tokens, which compiles what many tokens take."""
+    problems: dict[Size, _Steps] = {}
+    for size, product, tiles in jobs:
+        if size not in problems:
+            problems[size] = _steps(Problem(size, 512, device=torch.device("cuda"), dtype=torch.bfloat16))
+        try:
+            problems[size].run(product, 0, tiles)
+            torch.cuda.synchronize()
+        except Exception as error:  # the sweep meets it again, and tells
+            print(f"{product} {tiles} on {size}: {type(error).__name__}")
