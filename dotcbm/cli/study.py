@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,14 +33,21 @@ def run(command: str, arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--report", type=Path, metavar="DIR", help="write tables.md, a figure for each claim and records.jsonl there")
     parser.add_argument("--no-runs", action="store_true", help="make no run: tables and figures of the records that are there")
+    parser.add_argument("--larger", action="store_true", help="the variant `larger` of a study of experts, for a GPU")
     given = parser.parse(arguments)
     number, _, of = given.share.partition("/")
     if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
         parser.error(f"--share is {given.share!r}; it is a fraction like 1/3")
 
-    from dotcbm.report.study import read_records, read_study, run_study
+    from dotcbm.report.study import is_expert_study, read_records, read_study, run_study
     from dotcbm.report.study.table import default_claim, markdown
 
+    if is_expert_study(given.config):
+        if given.world or given.stage != "all":
+            parser.error("a study of experts has no worlds and no stages; leave --world and --stage out")
+        return _experts(given, share=(int(number) - 1, int(of)))
+    if given.larger:
+        parser.error("--larger is of studies of experts")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     study = read_study(given.config)
     out = given.out or Path("runs") / "studies" / study.name
@@ -67,6 +75,40 @@ def run(command: str, arguments: Sequence[str]) -> int:
         print(f"{claim.question}\nmean ± standard deviation over n seeds, %\n\n{markdown(study, records, claim)}")
     if given.report:
         _write(study, records, given.report)
+    return 0
+
+
+def _experts(given: Namespace, *, share: tuple[int, int]) -> int:
+    import json
+    from dataclasses import asdict
+
+    from dotcbm.report.study.experts_claims import markdown
+    from dotcbm.report.study.experts_plan import read_expert_records, read_expert_study
+    from dotcbm.report.study.experts_plot import plot_experts
+    from dotcbm.report.study.experts_run import run_expert_study
+
+    study = read_expert_study(given.config, larger=given.larger)
+    out = given.out or Path("runs") / "studies" / study.name
+    if given.no_runs:
+        records = read_expert_records(study, out)
+    else:
+        try:
+            records = run_expert_study(study, out, only=given.only, share=share, say=lambda line: print(line, file=sys.stderr, flush=True))
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on with the runs that have no record yet", file=sys.stderr)
+            return 130
+    if not records:
+        raise ValueError(f"{out}: no record of the study {study.name} there; run it without --no-runs")
+    told = f"{study.question}\n\nmean ± standard deviation over n seeds; accuracies in %\n\n{markdown(study, records)}"
+    print(told)
+    if given.report:
+        given.report.mkdir(parents=True, exist_ok=True)
+        plot_experts(study, records).savefig(given.report / f"{study.name}.png", metadata={"Software": None})
+        heading = f"# Study {study.name}\n\nWritten by `dotcbm study`. "
+        (given.report / f"{study.name}.md").write_text(f"{heading}{told}\n![{study.question}]({study.name}.png)\n", encoding="utf-8")
+        lines = [json.dumps(asdict(record)) for record in records]
+        (given.report / f"{study.name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f"written: {given.report / study.name}.md, .png and .jsonl")
     return 0
 
 

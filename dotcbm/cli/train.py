@@ -40,6 +40,7 @@ from dotcbm.hub import CardInfo, save_pretrained
 from dotcbm.models.base import Bottleneck
 from dotcbm.training.checkpoints import Checkpoints
 from dotcbm.training.evaluation import evaluate
+from dotcbm.training.sharded import whole_model
 from dotcbm.training.task import ConceptTask
 
 __all__ = ["ConceptCli", "FitCli", "TestCli", "ValidateCli", "figure_table", "launch", "run"]
@@ -103,9 +104,10 @@ class _Lines(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook."""
         del pl_module
+        metrics = trainer.callback_metrics  # reduced over processes, which must all ask
         if trainer.is_global_zero:
-            shown = (name for name in ("train/loss", "val/concept_auroc", "val/accuracy") if name in trainer.callback_metrics)
-            told = ", ".join(f"{name} {float(trainer.callback_metrics[name]):.4f}" for name in shown)
+            shown = (name for name in ("train/loss", "val/concept_auroc", "val/accuracy") if name in metrics)
+            told = ", ".join(f"{name} {float(metrics[name]):.4f}" for name in shown)
             print(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}: {told}", flush=True)
 
 
@@ -244,21 +246,23 @@ class FitCli(ConceptCli):
 
     def after_fit(self) -> None:
         """Lightning's hook: measure the finished model on the validation split and write it."""
-        if not self.trainer.is_global_zero or self.given.trainer.fast_dev_run:
+        if self.given.trainer.fast_dev_run:
             return
-        task, data = self.model, self.datamodule
+        model, data = whole_model(self.model.model), self.datamodule  # of which every process has its share
+        if not self.trainer.is_global_zero:
+            return
         figures: dict[str, dict[str, float]] = {}
         if data.has_validation:
-            home = next(task.model.bottleneck.parameters()).device
-            task.model.to(self.trainer.strategy.root_device)
-            figures["val"] = evaluate(task.model, data.plain_loader("val", annotations="all"), data.concepts)
-            task.model.to(home)
+            home = next(model.bottleneck.parameters()).device
+            model.to(self.trainer.strategy.root_device)
+            figures["val"] = evaluate(model, data.plain_loader("val", annotations="all"), data.concepts)
+            model.to(home)
         card = CardInfo(
             data=f"`{data.source!r}`",
             metrics={f"{split}/{name}": value for split, row in figures.items() for name, value in row.items()},
             command=" ".join(["dotcbm", *self.arguments]),
         )
-        self.say(figures, save_pretrained(task.model, self.run_dir / "model", card=card))
+        self.say(figures, save_pretrained(model, self.run_dir / "model", card=card))
 
     def say(self, figures: Mapping[str, Mapping[str, float]], folder: Path) -> None:
         """Print what came out and what to do with it."""
@@ -326,7 +330,7 @@ def _by_split(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """ "split/figure": value as figures by split."""
     figures: dict[str, dict[str, float]] = {}
     for key, value in metrics.items():
-        split, _, name = key.rpartition("/")
+        split, _, name = key.partition("/")  # names of figures may have slashes: experts/0/max_vio
         figures.setdefault(split, {})[name] = float(value)
     return figures
 

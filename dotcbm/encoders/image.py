@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dotcbm.encoders.stem import Stem
 from dotcbm.encoders.timm_tower import TimmTower, timm_from_blueprint, timm_from_directory, timm_from_name
 from dotcbm.encoders.tower import Tower
 from dotcbm.encoders.vit_moe import active_experts, vit_moe_from_blueprint, vit_moe_from_name
@@ -61,7 +62,8 @@ class ImageEncoder(nn.Module):
         """Args:
         name: "timm/<model>[.tag]", "open_clip/<arch>[@tag]", or "local-dir:<path>" of a folder in timm's format
             (config.json, model.safetensors) or open_clip's (open_clip_config.json, open_clip_model.safetensors); or "vit_moe/<size>", a
-            ViT with sparse experts (`dotcbm.encoders.vit_moe`), whose pretrained weights are those of its dense base, upcycled.
+            ViT with sparse experts (`dotcbm.encoders.vit_moe`), whose pretrained weights are those of its dense base, upcycled, or those
+            of the convolutional network that it stands on.
         image_size: Side of the input in pixels; None takes the model's own. Position embeddings are resampled.
         resize: "squash" shows the encoder the whole picture; "crop" the part that the model was evaluated on.
         layer: None for the last features; else an intermediate block or stage, from 0 or, negative, from the end.
@@ -69,6 +71,8 @@ class ImageEncoder(nn.Module):
         allow_download: Fetch weights that are in no local cache. Without it no connection is opened.
         trainable: Let the weights learn. Otherwise they need no gradients, and the encoder stays in eval mode
             whatever mode its parent is in, so that batch statistics and dropout stay as they are.
+        moe: Settings of a "vit_moe/<size>", see `dotcbm.encoders.vit_moe_settings`.
+        budget: Active experts, see `set_budget`.
         detail: Give what the early stages see too (`PatchFeatures.detail_BNL`), where a frozen timm model has such stages; `DotCBM` finds
             and reads parts by them.
         blueprint: Build this architecture with random weights and read no file; see above.
@@ -116,6 +120,9 @@ class ImageEncoder(nn.Module):
         if budget is not None:
             self.set_budget(budget)
         self.requires_grad_(trainable)
+        for module in self.modules():
+            if isinstance(module, Stem):
+                module.freeze()
         if trainable:
             self.tower.to(memory_format=torch.channels_last)  # convolutions train nearly twice as fast so
         self.grid, self.width, self.global_width, self.detail_width = self._probe()
@@ -151,6 +158,11 @@ class ImageEncoder(nn.Module):
     def has_source(self) -> bool:
         """Whether its weights can be had again: not if they were trained here, drawn at random or, like a fresh router, partly so."""
         return not self.trainable and self.settings["pretrained"] and not self._trained_k
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether it is a ViT-MoE."""
+        return bool(self._trained_k)
 
     def set_budget(self, budget: int | list[int] | None) -> None:
         """Choose the number of active experts of each token, of a "vit_moe/<size>".

@@ -6,6 +6,8 @@ Upcycling (Komatsuzaki et al., ICLR 2023) starts from a dense ViT's weights: eac
 Where the gates of a token sum to 1 (normalize "detached"; "always" with k > 1; gate "softmax_kept") the model then gives what the dense
 one gives. A shared expert starts with an output of zero, which keeps that so.
 
+Where no pretrained ViT is at hand, a pretrained convolutional network can be the patch embedding (`dotcbm.encoders.stem`).
+
 >>> vit = create_vit_moe("test", pretrained=False)
 >>> vit.forward_features(torch.zeros(2, 3, 64, 64)).shape
 torch.Size([2, 17, 64])
@@ -26,6 +28,7 @@ from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from dotcbm.encoders.stem import stem_from_blueprint, stem_from_name
 from dotcbm.encoders.timm_tower import TimmTower, timm_from_blueprint, timm_from_directory, timm_from_name
 from dotcbm.encoders.tower import Tower
 from dotcbm.encoders.vit_moe_settings import ViTMoESettings, blocks_with_experts, check_budget, settings_of
@@ -65,6 +68,8 @@ def vit_moe_from_name(
     known = list(inspect.signature(VisionTransformer).parameters)
     if strange := next((name for name in arguments if name not in known), None):
         raise ValueError(f"arguments has {strange!r}, which is none of timm's VisionTransformer{near_matches(strange, known)}")
+    if settings.stem is not None:
+        return _hybrid(settings, image_size=image_size, layer=layer, pretrained=pretrained, allow_download=allow_download)
     try:
         if settings.base.startswith("local-dir:"):
             directory = Path(settings.base.removeprefix("local-dir:")).expanduser()
@@ -88,6 +93,45 @@ def vit_moe_from_name(
     return replace(dense, blueprint=_blueprint(dense, settings))
 
 
+def _hybrid(settings: ViTMoESettings, *, image_size: int | None, layer: int | None, pretrained: bool, allow_download: bool) -> Tower:
+    """A ViT of random weights on a stem."""
+    if settings.base.startswith("local-dir:"):
+        raise ValueError(f"base is {settings.base}, whose weights belong to its own patches and not to a stem; leave base or stem out")
+    stem = stem_from_name(
+        cast(str, settings.stem),
+        layer=settings.stem_layer,
+        trainable=settings.stem_trainable,
+        image_size=image_size,
+        pretrained=pretrained,
+        allow_download=allow_download,
+    )
+    weights = {name: value.clone() for name, value in stem.module.state_dict().items()}
+    bare = dict(settings.arguments)
+    size = stem.preprocessing.size[0]
+    try:
+        dense = timm_from_name(
+            settings.base.removeprefix("timm/"),
+            image_size=size,
+            layer=layer,
+            pretrained=False,
+            allow_download=False,
+            arguments={**bare, **stem.arguments},
+        )
+    except ValueError as error:
+        if error.__cause__ is None:  # an unknown base
+            raise
+        raise ValueError(
+            f"no ViT with {bare} can stand on {settings.stem} for pictures of {size} pixels; choose another image_size, stem_layer or "
+            "patch_size, which must divide the sides of the stem's map"
+        ) from error.__cause__
+    stem.module.load_state_dict(weights)  # timm draws the weights of everything within a ViT anew
+    told = {name: value for name, value in dense.blueprint["arguments"].items() if name not in stem.arguments}
+    blueprint = {**dense.blueprint, "arguments": told, "preprocessing": stem.preprocessing.to_dict(), "stem": stem.blueprint}
+    dense = replace(dense, preprocessing=stem.preprocessing, blueprint=blueprint)
+    settings = put_experts(_vit(dense, base=settings.base), settings, upcycle=False)
+    return replace(dense, blueprint=_blueprint(dense, settings))
+
+
 def vit_moe_from_blueprint(blueprint: dict[str, Any], *, layer: int | None, moe: Mapping[str, Any] | None = None) -> Tower:
     """The architecture of a blueprint, with random weights.
 
@@ -96,7 +140,8 @@ def vit_moe_from_blueprint(blueprint: dict[str, Any], *, layer: int | None, moe:
         layer: See `TimmTower`.
         moe: Settings that the model was made with; what is no architecture (`backend`) is read from them.
     """
-    dense = timm_from_blueprint(blueprint, layer=layer)
+    embedding = stem_from_blueprint(blueprint["stem"]).arguments if "stem" in blueprint else {}
+    dense = timm_from_blueprint({**blueprint, "arguments": {**blueprint["arguments"], **embedding}}, layer=layer)
     told: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in blueprint["moe"].items()}
     settings = replace(ViTMoESettings(**told), backend=(moe or {}).get("backend", "auto"))
     put_experts(_vit(dense, base=blueprint["architecture"]), settings, upcycle=False)
@@ -160,7 +205,8 @@ def _vit(dense: Tower, *, base: str) -> VisionTransformer:
 
 
 def _blueprint(dense: Tower, settings: ViTMoESettings) -> dict[str, Any]:
-    apart = ("base", "arguments", "image_size", "backend", "upcycle_noise")  # told by the dense blueprint, or no architecture
+    # Told by the blueprints of ViT and stem, or no architecture.
+    apart = ("base", "stem", "stem_layer", "stem_trainable", "arguments", "image_size", "backend", "upcycle_noise")
     told = {name: value for name, value in settings.to_dict().items() if name not in apart}
     return {**dense.blueprint, "library": "vit_moe", "moe": told}
 

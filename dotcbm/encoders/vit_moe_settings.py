@@ -23,9 +23,13 @@ class ViTMoESettings:
 
     Attributes:
         base: The dense ViT: a timm name with or without a tag, or "local-dir:<path>" of a folder in timm's format.
+        stem: A convolutional network whose features take the place of the patches (`dotcbm.encoders.stem`): a timm name or
+            "local-dir:<path>". The pretrained weights are then the stem's, and the ViT starts from random ones. None for plain patches.
+        stem_layer: Its stage, from 0 or, negative, from the end; None for its last features.
+        stem_trainable: Train it with the rest; else it keeps its weights and batch statistics.
         arguments: Arguments of timm's `VisionTransformer` that differ from the base: depth, embed_dim, num_heads, patch_size, mlp_ratio,
             drop_path_rate, init_values and so on.
-        image_size: Side of the input in pixels; None for the base's own.
+        image_size: Side of the input in pixels; None for the base's own, or the stem's.
         num_experts: E.
         k: Active experts of a token, one number or one for each layer of experts.
         blocks: Which blocks have experts: "all", "every second" (1, 3, 5 ...), "last two odd", or their numbers from 0 or, negative,
@@ -40,6 +44,9 @@ class ViTMoESettings:
     """
 
     base: str = "vit_tiny_patch16_224"
+    stem: str | None = None
+    stem_layer: int | None = None
+    stem_trainable: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
     image_size: int | None = None
     num_experts: int = 8
@@ -112,7 +119,8 @@ def settings_of(size: str, moe: Mapping[str, Any] | None = None) -> ViTMoESettin
 
     Args:
         size: A key of `SIZES`.
-        moe: Fields of `ViTMoESettings`, as JSON values. `arguments` are added to those of the size, unless there is a `base` too.
+        moe: Fields of `ViTMoESettings`, as JSON values. `arguments` are added to those of the size, unless there is a `base` too. With
+            a `stem` each place of its map is a patch (patch_size 1), unless `arguments` say otherwise.
 
     Raises:
         ValueError: An unknown size or field (with near matches), or a value out of range.
@@ -133,6 +141,10 @@ def settings_of(size: str, moe: Mapping[str, Any] | None = None) -> ViTMoESettin
         given["arguments"] = {}
     if "base" in given:
         given = {"image_size": None, "hidden": None, **given}
+    if given.get("stem") is not None:
+        own = given.get("arguments", plain["arguments"])
+        patch_size = ((moe or {}).get("arguments") or {}).get("patch_size", 1)
+        given = {"image_size": None, **given, "arguments": {**own, "patch_size": patch_size}}
     try:
         return ViTMoESettings(**{**plain, **given})
     except TypeError as error:

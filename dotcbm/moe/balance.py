@@ -64,6 +64,11 @@ class LoadWindow:
                 self._load[name] = self._load[name] + seen_E if name in self._load else seen_E
         return {name: self._load[name] for name in load}
 
+    @property
+    def loads(self) -> dict[str, Tensor]:
+        """(E,) by layer, carried since `reset`."""
+        return dict(self._load)
+
     def reset(self) -> None:
         """Begin the next optimizer step."""
         self._load.clear()

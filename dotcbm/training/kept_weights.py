@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from dotcbm.training.sharded import copy_whole, whole
+
 __all__ = ["KeptWeights"]
 
 
@@ -54,7 +56,10 @@ class KeptWeights(Callback):
         """Start the mean, unless it was resumed."""
         if self.ema_decay is not None and not self._mean:
             self._mean = _copy(_task(pl_module).learned_state())
-        self._mean = {name: value.to(pl_module.device) for name, value in self._mean.items()}
+        elif self.ema_decay is not None:
+            mean, self._mean = self._mean, _copy(_task(pl_module).learned_state())
+            for name, value in self._mean.items():
+                copy_whole(value, mean[name])
         self._steps = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -82,7 +87,7 @@ class KeptWeights(Callback):
         figure = trainer.callback_metrics.get(self.monitor)
         if figure is not None and not math.isnan(float(figure)) and self.sign * (float(figure) - self.best) > 0:
             self.best, self.best_epoch = float(figure), trainer.current_epoch
-            self._best_state = {name: value.cpu() for name, value in _copy(_task(pl_module).learned_state()).items()}
+            self._best_state = {name: whole(value).detach().clone().cpu() for name, value in _task(pl_module).learned_state().items()}
         if self._own:
             _put(_task(pl_module), self._own)
             self._own = {}
@@ -108,7 +113,8 @@ class KeptWeights(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"best": self.best, "best_epoch": self.best_epoch, "best_state": self._best_state, "mean": self._mean}
+        mean = {name: whole(value) for name, value in self._mean.items()}
+        return {"best": self.best, "best_epoch": self.best_epoch, "best_state": self._best_state, "mean": mean}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From a checkpoint."""
@@ -127,4 +133,4 @@ def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def _put(task: _Finishing, state: dict[str, Tensor]) -> None:
     for name, value in task.learned_state().items():
-        value.copy_(state[name])
+        copy_whole(value, state[name])

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 import dotcbm
 from dotcbm.data.concepts import compare_concepts, concepts_from_dict, concepts_to_dict
@@ -102,7 +103,7 @@ def _check_experts(record: dict[str, Any], blueprint: dict[str, Any]) -> None:
     if "vit_moe" not in (theirs.get("library"), blueprint.get("library")):
         return
     # What is no architecture (jitter) may change between two starts, and so may rates that are not learned.
-    found, asked = ({**told.get("arguments", {}), **told.get("moe", {})} for told in (theirs, blueprint))
+    found, asked = ({**told.get("arguments", {}), **told.get("moe", {}), "stem": _stem(told)} for told in (theirs, blueprint))
     differing = [name for name in sorted({*found, *asked} - {"jitter", "drop_path_rate"}) if found.get(name) != asked.get(name)]
     if differing:
         was = "grown to" if record.get("growth") else "made with"
@@ -113,8 +114,14 @@ def _check_experts(record: dict[str, Any], blueprint: dict[str, Any]) -> None:
         )
 
 
+def _stem(blueprint: dict[str, Any]) -> dict[str, Any] | None:
+    stem = blueprint.get("stem")
+    return None if stem is None else {name: stem[name] for name in ("architecture", "arguments", "layer", "trainable")}
+
+
 def _path(thing: object) -> str:
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+    kind = next(kind for kind in type(thing).__mro__ if not issubclass(kind, FSDPModule))  # FSDP2 puts a class before a module's own
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _told(settings: dict[str, Any], fingerprint: str) -> str:

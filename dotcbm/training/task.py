@@ -21,6 +21,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ThroughputMonitor
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -33,12 +34,16 @@ from dotcbm.models.concept_model import ConceptModel
 from dotcbm.models.dot_cbm import SEARCH_TRAVEL, DotCBM
 from dotcbm.structures import ConceptBatch, ConceptOutput, Problem
 from dotcbm.training.evaluation import Evaluation
+from dotcbm.training.experts import ExpertFigures, ExpertTraining, ExpertWork
+from dotcbm.training.flops import FlopsPerBatch
 from dotcbm.training.guard import check_losses
-from dotcbm.training.head_fit import HeadFit, check_reads_truth, collect_head_input, fit_head, true_head_input
+from dotcbm.training.head_fit import HeadFit, check_reads_truth
+from dotcbm.training.head_stage import solve_head
 from dotcbm.training.kept_weights import KeptWeights
+from dotcbm.training.optimizer import learns_places, make_optimizer
 from dotcbm.training.part_finding import check_finds_parts, prepare_parts
 from dotcbm.training.record import check_record, make_record, record_tensors
-from dotcbm.training.sparse_head import fit_sparse_head
+from dotcbm.training.sharded import distribute, forget_made_up_moments, is_sharded
 
 __all__ = ["ConceptTask", "Regime", "Weighting"]
 
@@ -82,6 +87,7 @@ class ConceptTask(LightningModule):
         head_nec: int | None = None,
         monitor: str | None = None,
         ema_decay: float | None = None,
+        experts: ExpertTraining | None = None,
         seed: int = 0,
     ) -> None:
         """Args:
@@ -103,6 +109,7 @@ class ConceptTask(LightningModule):
             None for a dense one. `head_l2` is then not read.
         monitor: Validation figure whose best epoch is kept: "val/accuracy" jointly, else "val/concept_auroc".
         ema_decay: Validate and keep a moving mean of the weights; None for the weights themselves.
+        experts: How the experts of a trainable ViT-MoE are trained; None for without balance and with as many active as it has.
         seed: Of initial weights and dropout.
 
         Raises:
@@ -129,6 +136,8 @@ class ConceptTask(LightningModule):
         self.weight_decay = weight_decay
         self.encoder_lr = encoder_lr
         self.loss_weights = {"concept": concept_weight, "vop": vop_weight, "top": top_weight, "class": class_weight}
+        self.experts = ExpertWork(experts, encoder)
+        self.loss_weights |= self.experts.loss_weights
         self.concept_weighting: Weighting = concept_weighting
         self.class_weighting: Weighting = class_weighting
         self.head_l2: float | Literal["auto"] = head_l2
@@ -197,22 +206,23 @@ class ConceptTask(LightningModule):
             torch.manual_seed(mix_seed(self.seed, _WEIGHTS))
             return ConceptModel(self.encoder, self.make_bottleneck(problem))
 
+    def configure_model(self) -> None:
+        """Lightning's hook: divide the model among the processes, under its ModelParallelStrategy."""
+        if self.device_mesh is not None:
+            distribute(self.model, self.trainer, self.device_mesh)
+
     def configure_callbacks(self) -> list[Any]:
-        """Keep the best weights and, at the end, fit the head."""
-        return [KeptWeights(self.monitor, ema_decay=self.ema_decay)] if self.trainer.state.fn == "fit" else []
+        """Keep the best weights and, at the end, fit the head; count operations where throughput is watched."""
+        kept = [KeptWeights(self.monitor, ema_decay=self.ema_decay)] if self.trainer.state.fn == "fit" else []
+        watched = any(isinstance(callback, ThroughputMonitor) for callback in cast(Any, self.trainer).callbacks)
+        return [*kept, *([FlopsPerBatch()] if watched else [])]
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
-        """AdamW (the paper's), with the encoder as a group of its own; None if there is nothing to train by gradients."""
+        """See `make_optimizer`; None if there is nothing to train by gradients."""
         if self._is_all_head:
             return None
-        model = self.model
-        queries = [model.bottleneck.query_ME] if isinstance(model.bottleneck, DotCBM) and model.bottleneck.learns else []
-        encoder = [p for p in model.encoder.parameters() if p.requires_grad]
-        apart = {id(p) for p in queries + encoder}
-        rest = [p for p in model.bottleneck.parameters() if p.requires_grad and id(p) not in apart]
-        rates = ((rest, self.lr), (queries, self._query_lr() if queries else 0.0), (encoder, self.encoder_lr or self.lr))
-        groups = [{"params": parameters, "lr": lr, "initial_lr": lr} for parameters, lr in rates if parameters]
-        return torch.optim.AdamW(groups, weight_decay=self.weight_decay)
+        query_lr = self._query_lr() if learns_places(self.model) else 0.0
+        return make_optimizer(self.model, lr=self.lr, query_lr=query_lr, encoder_lr=self.encoder_lr, weight_decay=self.weight_decay)
 
     def _rate_factor(self, epoch: int) -> float:
         """Of all learning rates."""
@@ -238,7 +248,9 @@ class ConceptTask(LightningModule):
         return self.regime != "joint" and all(id(p) in of_head for p in bottleneck.parameters())
 
     def on_fit_start(self) -> None:
-        """Find the parts of a bottleneck that needs them, unless a checkpoint brought them."""
+        """Check the schedule of experts; find the parts of a bottleneck that needs them, unless a checkpoint brought them."""
+        if self.experts.layers:
+            self.experts.check(max_steps=self.trainer.estimated_stepping_batches)
         bottleneck = self.model.bottleneck
         if isinstance(bottleneck, DotCBM) and not bool(bottleneck.found):
             prepare_parts(bottleneck, self.data, self.encoder, seed=self.seed, device=self.device)
@@ -250,6 +262,8 @@ class ConceptTask(LightningModule):
 
         One that scales its features (random concepts) learns their means and deviations from one pass over the training pictures.
         """
+        if self.global_step == 0 and is_sharded(self.model):
+            forget_made_up_moments(self.trainer.optimizers)
         if self._is_all_head:
             if any(isinstance(module, nn.BatchNorm1d) for module in self.model.bottleneck.modules()):
                 self.model.bottleneck.train()
@@ -285,8 +299,9 @@ class ConceptTask(LightningModule):
             NonFiniteError: It is NaN or infinite.
         """
         del batch_idx
-        output = self.model.forward_batch(batch)
-        terms = self.losses(output, batch)
+        with self.experts.at_step(self.global_step):
+            output = self.model.forward_batch(batch)
+        terms = self.losses(output, batch) | self.experts.terms()
         check_losses(terms, epoch=self.current_epoch, step=self.global_step, names=batch.names, checkpoint=self._last_checkpoint())
         loss = torch.stack([self.loss_weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         size = len(batch)
@@ -296,6 +311,11 @@ class ConceptTask(LightningModule):
         if output.residual_B is not None:
             self.log("train/transport_residual", output.residual_B.mean(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's hook: after a step of the optimizer the experts end theirs, before any moving mean is taken."""
+        super().optimizer_step(*args, **kwargs)
+        self.experts.end_step()
 
     def losses(self, output: ConceptOutput, batch: ConceptBatch) -> dict[str, Tensor]:
         """The unweighted terms: those of the bottleneck ("concept", "vop", "top"), and "class" in the joint regime."""
@@ -309,6 +329,7 @@ class ConceptTask(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Start counting."""
         self._evaluations = [Evaluation(self.model.concepts, places=False)]
+        self._expert_figures = ExpertFigures(self.encoder)
 
     def validation_step(self, batch: ConceptBatch, batch_idx: int) -> None:
         """Count."""
@@ -319,6 +340,7 @@ class ConceptTask(LightningModule):
         for name, term in terms.items():
             self.log(f"val/{name}_loss", term, on_step=False, on_epoch=True, batch_size=len(batch), sync_dist=True)
         self._evaluations[0].update(output, batch)
+        self._expert_figures.update()
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures; the accuracy only where the head is trained."""
@@ -328,6 +350,8 @@ class ConceptTask(LightningModule):
             wanted.add("accuracy")
         for name in sorted(wanted & figures.keys()):
             self.log(f"val/{name}", figures[name], prog_bar=name != "concept_error", rank_zero_only=False, sync_dist=False)
+        for name, value in self._expert_figures.compute().items():
+            self.log(f"val/{name}", value, rank_zero_only=False, sync_dist=False)
 
     def on_test_epoch_start(self) -> None:
         """Start counting, split by split."""
@@ -359,34 +383,26 @@ class ConceptTask(LightningModule):
         head.requires_grad_(True)
         if self.regime == "joint":
             return
-        data = self.data
-        views = data.views if self.head_views == "all" else ("plain",)
-        if self.regime == "independent":
-            collected = [true_head_input(self.model.bottleneck, data.dataset("train"))]
-        else:
-            loaders = (data.plain_loader("train", annotations=self._annotations, view=view, condense=self._condense) for view in views)
-            collected = [collect_head_input(self.model, loader) for loader in loaders]
-        val = None
-        if data.has_validation:
-            loader = data.plain_loader("val", annotations=self._annotations, condense=self._condense)
-            val = collect_head_input(self.model, loader)
-        inputs, labels = torch.cat([inputs for inputs, _ in collected]), torch.cat([labels for _, labels in collected])
-        num_classes = self.model.concepts.num_classes
-        if self.head_nec is not None:
-            fit = fit_sparse_head(inputs, labels, num_classes=num_classes, nec=self.head_nec, val=val, class_weight_K=self._class_weight_K)
-        else:
-            l2 = None if self.head_l2 == "auto" else self.head_l2
-            fit = fit_head(inputs, labels, num_classes=num_classes, l2=l2, val=val, class_weight_K=self._class_weight_K)
+        fit = solve_head(
+            self.model,
+            self.data,
+            on_truth=self.regime == "independent",
+            views=self.head_views,
+            l2=None if self.head_l2 == "auto" else self.head_l2,
+            nec=self.head_nec,
+            condense=self._condense,
+            class_weight_K=self._class_weight_K,
+        )
         fit = self.trainer.strategy.broadcast(fit)  # processes may differ in the last digits
         with torch.no_grad():
             head.weight.copy_(fit.weight_KF)
             head.bias.copy_(fit.bias_K)
         self.head_fit = fit
-        said = "" if val is None else f", {100 * fit.val_accuracy:.1f} % in validation"
+        said = f", {100 * fit.val_accuracy:.1f} % in validation" if self.data.has_validation else ""
         strength = f"{'l2' if self.head_nec is None else 'strength'} = {fit.l2:g}"
         rank_zero_info(f"Head fitted with {strength}: class accuracy {100 * fit.train_accuracy:.1f} % in training{said}")
         figures = {"head/l2": fit.l2, "head/train_accuracy": fit.train_accuracy}
-        if val is not None:
+        if self.data.has_validation:
             figures["head/val_accuracy"] = fit.val_accuracy
         for logger in self.trainer.loggers:
             logger.log_metrics(figures, step=self.global_step)
@@ -394,10 +410,6 @@ class ConceptTask(LightningModule):
     @property
     def _condense(self) -> Condense | None:
         return None if self.encoder.trainable else self.model.bottleneck.condense
-
-    @property
-    def _annotations(self) -> Literal["foreground", "labels"]:
-        return "foreground" if self.data.foreground_in_training else "labels"
 
     def learned_state(self) -> dict[str, Tensor]:
         """Parameters and buffers of the model, without those of a frozen encoder; not copied."""

@@ -1,0 +1,94 @@
+"""The runs that test_experts_ranks.py makes in one process and in two."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import lightning.pytorch as pl
+import torch
+from fakes.source import TinySource
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from dotcbm.data.datamodule import ConceptDataModule
+from dotcbm.encoders.image import ImageEncoder
+from dotcbm.hub import save_pretrained
+from dotcbm.models.published_dot_cbm import PublishedDotCBM
+from dotcbm.moe.matryoshka import BudgetDraws
+from dotcbm.structures import Problem
+from dotcbm.training.checkpoints import Checkpoints
+from dotcbm.training.experts import ExpertTraining
+from dotcbm.training.sharded import is_sharded, whole_model
+from dotcbm.training.task import ConceptTask
+
+RUNS = {
+    "global": ExpertTraining(balance="global", balance_weight=0.5, z_weight=1e-3, draws=BudgetDraws(k_max=4)),
+    "top1": ExpertTraining(balance="top1", balance_weight=0.5),
+    "bias": ExpertTraining(balance="bias", bias_step=0.05),
+}
+
+
+def bottleneck(problem: Problem) -> PublishedDotCBM:
+    """One without batch statistics, which are those of one process."""
+    return PublishedDotCBM(problem, dim=16, dropout=0.0, iterations=20)
+
+
+def train(folder: Path, experts: ExpertTraining, *, devices: int, epochs: int = 2, resume: bool = False, **trainer: Any) -> ConceptTask:
+    """Train with 16 pictures a step in two micro-batches; `last.ckpt`, `model.ckpt` and the figures (figures.pt) are in the folder."""
+    torch.manual_seed(0)
+    moe = {"num_experts": 4, "k": 2, "arguments": {"embed_dim": 32}}
+    encoder = ImageEncoder("vit_moe/test", pretrained=False, trainable=True, moe=moe)
+    # All labels are known and 32 pictures divide evenly: a mean over two halves is the mean over all.
+    data = ConceptDataModule(
+        TinySource(counts=(("train", 40), ("test", 15)), names=("red", "green", "left", "right")),
+        batch_size=8 // devices,
+        val_fraction=0.2,
+        views=["plain", "flip"],
+    )
+    task = ConceptTask(encoder, bottleneck, lr=1e-3, regime="joint", experts=experts, ema_decay=0.5)
+    trainer_ = pl.Trainer(
+        **{
+            "max_epochs": epochs,
+            "accelerator": "cpu",
+            "devices": devices,
+            "strategy": "ddp" if devices > 1 else "auto",
+            "accumulate_grad_batches": 2,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": folder,
+            "callbacks": [Checkpoints(str(folder))],
+            **trainer,
+        }
+    )
+    trainer_.fit(task, datamodule=data, ckpt_path=str(folder / "last.ckpt") if resume else None)
+    if trainer_.is_global_zero:
+        torch.save({name: float(value) for name, value in trainer_.callback_metrics.items()}, folder / "figures.pt")
+    return task
+
+
+def sharded() -> ModelParallelStrategy:
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    home, kind = Path(sys.argv[1]), sys.argv[2]
+    if kind == "ddp":
+        for name, experts in RUNS.items():
+            train(home / name, experts, devices=2)
+    else:
+        train(home / "through", RUNS["global"], devices=2, strategy=sharded())
+        train(home / "stopped", RUNS["global"], devices=2, strategy=sharded(), epochs=1)
+        train(home / "stopped", RUNS["global"], devices=2, strategy=sharded(), resume=True)
+        task = train(home / "bias", RUNS["bias"], devices=2, strategy=sharded())
+        assert is_sharded(task.model)
+        saved = whole_model(task.model)
+        if task.global_rank == 0:
+            save_pretrained(saved, home / "model")

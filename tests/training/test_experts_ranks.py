@@ -1,0 +1,101 @@
+"""Experts trained by two processes with half of each batch against one process with all of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from experts_ddp_run import RUNS, train
+
+from dotcbm.encoders.image import ImageEncoder
+from dotcbm.hub import from_pretrained
+from dotcbm.training.sharded import distribute
+
+
+def pair_of_processes(script: str, folder: Path, *extra: str) -> subprocess.Popen[bytes]:
+    """Lightning starts the second process as a child of the first."""
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name(script)), str(folder), *extra],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PL_TORCH_DISTRIBUTED_BACKEND": "gloo"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def said_by(pair: subprocess.Popen[bytes]) -> None:
+    said = pair.communicate(timeout=200)[0]
+    assert pair.returncode == 0, said.decode()[-3000:]
+
+
+def weights(folder: Path, name: str = "model.ckpt") -> dict[str, torch.Tensor]:
+    return torch.load(folder / name, weights_only=True)["state_dict"]
+
+
+def assert_close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    """AdamW enlarges the last digits of small gradients, so a few weights may move by a step."""
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        difference = (value - two[key]).abs().float()
+        assert float(difference.quantile(0.98) if difference.numel() > 100 else difference.median()) < 1e-4, key
+        if key.endswith("selection_bias"):
+            assert torch.allclose(value, two[key], atol=1e-7), key
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes of each run."""
+    folder = tmp_path_factory.mktemp("one")
+    for name, experts in RUNS.items():
+        train(folder / name, experts, devices=1)
+    return folder
+
+
+def test_two_processes_balance_what_one_balances(tmp_path, one):
+    said_by(pair_of_processes("experts_ddp_run.py", tmp_path, "ddp"))
+    for name in RUNS:
+        assert_close(weights(one / name), weights(tmp_path / name))
+        bias = weights(tmp_path / name)["model.encoder.tower.model.blocks.1.mlp.router.selection_bias"]
+        assert bool(bias.any()) == (name == "bias")
+        figures = [torch.load(folder / name / "figures.pt") for folder in (one, tmp_path)]
+        assert figures[0].keys() == figures[1].keys()
+        for figure in ("train/balance_loss", "train/z_loss", "val/concept_loss", "val/experts/1/entropy", "val/experts/0/max_vio"):
+            if figure in figures[0]:
+                assert abs(figures[0][figure] - figures[1][figure]) < 1e-3, (name, figure, figures)
+
+
+def test_two_processes_that_share_the_encoder_train_what_one_trains(tmp_path, one):
+    said_by(pair_of_processes("experts_ddp_run.py", tmp_path, "sharded"))
+    assert_close(weights(one / "global"), weights(tmp_path / "through"))
+    assert_close(weights(one / "bias"), weights(tmp_path / "bias"))
+    for name in ("last.ckpt", "model.ckpt"):  # stopped after an epoch, and gone on with
+        through, stopped = (weights(tmp_path / folder, name) for folder in ("through", "stopped"))
+        assert all(torch.equal(value, stopped[key]) for key, value in through.items())
+    records = [torch.load(folder / "model.ckpt", weights_only=True)["dotcbm"] for folder in (one / "global", tmp_path / "through")]
+    assert records[0] == records[1]
+    # A folder of its own, with whole weights.
+    model, checkpoint = from_pretrained(tmp_path / "model"), weights(tmp_path / "bias")
+    assert all(torch.equal(value, checkpoint[f"model.{key}"]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("encoder", "settings", "message"),
+    [
+        ({"trainable": False}, {}, "frozen; set trainer.strategy to ddp"),
+        ({}, {"ranks": 1}, "set data_parallel_size: 2, tensor_parallel_size: 1 and save_distributed_checkpoint: false"),
+        ({}, {"distributed_checkpoint": True}, "save_distributed_checkpoint: false"),
+        ({"moe": {"num_experts": 7}}, {}, "7 experts cannot be divided evenly over 2 processes"),
+    ],
+)
+def test_what_cannot_be_shared(encoder, settings, message):
+    model = SimpleNamespace(
+        parameters=list, encoder=ImageEncoder("vit_moe/test", **{"pretrained": False, "trainable": True, **encoder}), bottleneck=None
+    )
+    strategy = SimpleNamespace(_save_distributed_checkpoint=settings.get("distributed_checkpoint", False))
+    mesh = {"data_parallel": SimpleNamespace(size=lambda: settings.get("ranks", 2))}
+    with pytest.raises(ValueError, match=message):
+        distribute(model, SimpleNamespace(strategy=strategy, world_size=2), mesh)  # pyright: ignore[reportArgumentType]
