@@ -31,7 +31,7 @@ from dotcbm.encoders.image import ImageEncoder
 from dotcbm.encoders.text import TextEncoder
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.concept_model import ConceptModel
-from dotcbm.models.dot_cbm import SEARCH_TRAVEL, DotCBM
+from dotcbm.models.dot_cbm import DotCBM
 from dotcbm.structures import ConceptBatch, ConceptOutput, Problem
 from dotcbm.training.evaluation import Evaluation
 from dotcbm.training.experts import ExpertFigures, ExpertTraining, ExpertWork
@@ -40,7 +40,7 @@ from dotcbm.training.guard import check_losses
 from dotcbm.training.head_fit import HeadFit, check_reads_truth
 from dotcbm.training.head_stage import solve_head
 from dotcbm.training.kept_weights import KeptWeights
-from dotcbm.training.optimizer import learns_places, make_optimizer
+from dotcbm.training.optimizer import learns_places, make_optimizer, query_rate, rate_factor
 from dotcbm.training.part_finding import check_finds_parts, prepare_parts
 from dotcbm.training.record import check_record, make_record, record_tensors
 from dotcbm.training.sharded import distribute, forget_made_up_moments, is_sharded
@@ -221,25 +221,8 @@ class ConceptTask(LightningModule):
         """See `make_optimizer`; None if there is nothing to train by gradients."""
         if self._is_all_head:
             return None
-        query_lr = self._query_lr() if learns_places(self.model) else 0.0
+        query_lr = query_rate(self.trainer, lr=self.lr, halve_every=self.lr_halve_every) if learns_places(self.model) else 0.0
         return make_optimizer(self.model, lr=self.lr, query_lr=query_lr, encoder_lr=self.encoder_lr, weight_decay=self.weight_decay)
-
-    def _rate_factor(self, epoch: int) -> float:
-        """Of all learning rates."""
-        return 0.5 ** (epoch // self.lr_halve_every) if self.lr_halve_every else 1.0
-
-    def _query_lr(self) -> float:
-        """The rate of queries for places: AdamW moves a number by about its rate in a step, in all steps together by `SEARCH_TRAVEL`.
-
-        At one rate for all data sets, few pictures would not find their places and many would overfit to theirs. A training without an
-        end has the rate of the weights.
-        """
-        num_steps = self.trainer.estimated_stepping_batches
-        if num_steps == float("inf"):
-            return self.lr
-        self.trainer.fit_loop.setup_data()  # Lightning counts the batches there, not yet where max_steps alone ends the training
-        per_epoch = max(1, int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
-        return SEARCH_TRAVEL / max(1.0, sum(self._rate_factor(step // per_epoch) for step in range(int(num_steps))))
 
     @property
     def _is_all_head(self) -> bool:
@@ -277,7 +260,7 @@ class ConceptTask(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Set the learning rate of the epoch: a function of its number and no scheduler's state, so a resumed run cannot lose it."""
-        factor = self._rate_factor(self.current_epoch)
+        factor = rate_factor(self.current_epoch, halve_every=self.lr_halve_every)
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor

@@ -1,4 +1,4 @@
-"""The runs that test_experts_ranks.py makes in one process and in two."""
+"""The runs that test_experts_ranks.py makes in one process, and in two: with DDP, and sharing the encoder."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import torch
 from fakes.source import TinySource
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from dotcbm.cli import main
 from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.encoders.image import ImageEncoder
-from dotcbm.hub import save_pretrained
 from dotcbm.models.published_dot_cbm import PublishedDotCBM
 from dotcbm.moe.matryoshka import BudgetDraws
 from dotcbm.structures import Problem
 from dotcbm.training.checkpoints import Checkpoints
 from dotcbm.training.experts import ExpertTraining
-from dotcbm.training.sharded import is_sharded, whole_model
+from dotcbm.training.sharded import is_sharded
 from dotcbm.training.task import ConceptTask
 
 RUNS = {
@@ -72,6 +72,15 @@ def train(folder: Path, experts: ExpertTraining, *, devices: int, epochs: int = 
     return task
 
 
+STRATEGY = """
+trainer:
+  devices: 2
+  strategy:
+    class_path: lightning.pytorch.strategies.ModelParallelStrategy
+    init_args: {data_parallel_size: 2, tensor_parallel_size: 1, save_distributed_checkpoint: false}
+"""
+
+
 def sharded() -> ModelParallelStrategy:
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
@@ -79,16 +88,14 @@ def sharded() -> ModelParallelStrategy:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    home, kind = Path(sys.argv[1]), sys.argv[2]
-    if kind == "ddp":
-        for name, experts in RUNS.items():
-            train(home / name, experts, devices=2)
-    else:
-        train(home / "through", RUNS["global"], devices=2, strategy=sharded())
-        train(home / "stopped", RUNS["global"], devices=2, strategy=sharded(), epochs=1)
-        train(home / "stopped", RUNS["global"], devices=2, strategy=sharded(), resume=True)
-        task = train(home / "bias", RUNS["bias"], devices=2, strategy=sharded())
-        assert is_sharded(task.model)
-        saved = whole_model(task.model)
-        if task.global_rank == 0:
-            save_pretrained(saved, home / "model")
+    home = Path(sys.argv[1])
+    for name, experts in RUNS.items():
+        train(home / "ddp" / name, experts, devices=2)
+    shared = home / "shared"
+    train(shared / "through", RUNS["global"], devices=2, strategy=sharded())
+    train(shared / "stopped", RUNS["global"], devices=2, strategy=sharded(), epochs=1)
+    train(shared / "stopped", RUNS["global"], devices=2, strategy=sharded(), resume=True)
+    assert is_sharded(train(shared / "bias", RUNS["bias"], devices=2, strategy=sharded()).model)
+    (home / "strategy.yaml").write_text(STRATEGY, encoding="utf-8")
+    moe = Path(__file__).parents[1] / "conf" / "moe.yaml"
+    sys.exit(main(["fit", "--config", str(moe), "--config", str(home / "strategy.yaml"), "--run_dir", str(home / "cli")]))

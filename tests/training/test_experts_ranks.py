@@ -17,21 +17,6 @@ from dotcbm.hub import from_pretrained
 from dotcbm.training.sharded import distribute
 
 
-def pair_of_processes(script: str, folder: Path, *extra: str) -> subprocess.Popen[bytes]:
-    """Lightning starts the second process as a child of the first."""
-    return subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name(script)), str(folder), *extra],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PL_TORCH_DISTRIBUTED_BACKEND": "gloo"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-def said_by(pair: subprocess.Popen[bytes]) -> None:
-    said = pair.communicate(timeout=200)[0]
-    assert pair.returncode == 0, said.decode()[-3000:]
-
-
 def weights(folder: Path, name: str = "model.ckpt") -> dict[str, torch.Tensor]:
     return torch.load(folder / name, weights_only=True)["state_dict"]
 
@@ -47,38 +32,55 @@ def assert_close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> 
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process makes of each run."""
-    folder = tmp_path_factory.mktemp("one")
-    for name, experts in RUNS.items():
-        train(folder / name, experts, devices=1)
-    return folder
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """What one process makes of each run, and what two make of them."""
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    # Lightning starts the second process as a child of the first.
+    pair = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("experts_ddp_run.py")), str(two)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PL_TORCH_DISTRIBUTED_BACKEND": "gloo"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        for name, experts in RUNS.items():
+            train(one / name, experts, devices=1)
+        said = pair.communicate(timeout=200)[0]
+    finally:
+        pair.kill()
+    assert pair.returncode == 0, said.decode()[-3000:]
+    return one, two
 
 
-def test_two_processes_balance_what_one_balances(tmp_path, one):
-    said_by(pair_of_processes("experts_ddp_run.py", tmp_path, "ddp"))
+def test_two_processes_balance_what_one_balances(both):
+    one, two = both[0], both[1] / "ddp"
     for name in RUNS:
-        assert_close(weights(one / name), weights(tmp_path / name))
-        bias = weights(tmp_path / name)["model.encoder.tower.model.blocks.1.mlp.router.selection_bias"]
+        assert_close(weights(one / name), weights(two / name))
+        bias = weights(two / name)["model.encoder.tower.model.blocks.1.mlp.router.selection_bias"]
         assert bool(bias.any()) == (name == "bias")
-        figures = [torch.load(folder / name / "figures.pt") for folder in (one, tmp_path)]
+        figures = [torch.load(folder / name / "figures.pt") for folder in (one, two)]
         assert figures[0].keys() == figures[1].keys()
         for figure in ("train/balance_loss", "train/z_loss", "val/concept_loss", "val/experts/1/entropy", "val/experts/0/max_vio"):
             if figure in figures[0]:
                 assert abs(figures[0][figure] - figures[1][figure]) < 1e-3, (name, figure, figures)
 
 
-def test_two_processes_that_share_the_encoder_train_what_one_trains(tmp_path, one):
-    said_by(pair_of_processes("experts_ddp_run.py", tmp_path, "sharded"))
-    assert_close(weights(one / "global"), weights(tmp_path / "through"))
-    assert_close(weights(one / "bias"), weights(tmp_path / "bias"))
-    for name in ("last.ckpt", "model.ckpt"):  # stopped after an epoch, and gone on with
-        through, stopped = (weights(tmp_path / folder, name) for folder in ("through", "stopped"))
-        assert all(torch.equal(value, stopped[key]) for key, value in through.items())
-    records = [torch.load(folder / "model.ckpt", weights_only=True)["dotcbm"] for folder in (one / "global", tmp_path / "through")]
+def test_two_processes_that_share_the_encoder_train_what_one_trains(both):
+    one, two = both[0], both[1] / "shared"
+    assert_close(weights(one / "global"), weights(two / "through"))
+    assert_close(weights(one / "bias"), weights(two / "bias"))
+    records = [torch.load(folder / "model.ckpt", weights_only=True)["dotcbm"] for folder in (one / "global", two / "through")]
     assert records[0] == records[1]
-    # A folder of its own, with whole weights.
-    model, checkpoint = from_pretrained(tmp_path / "model"), weights(tmp_path / "bias")
+
+
+def test_a_shared_run_that_was_stopped_goes_on_to_the_same_bits(both):
+    for name in ("last.ckpt", "model.ckpt"):
+        through, stopped = (weights(both[1] / "shared" / folder, name) for folder in ("through", "stopped"))
+        assert all(torch.equal(value, stopped[key]) for key, value in through.items())
+
+
+def test_a_shared_run_of_the_command_line_leaves_a_model_of_whole_weights(both):
+    model, checkpoint = from_pretrained(both[1] / "cli" / "model"), weights(both[1] / "cli" / "checkpoints")
     assert all(torch.equal(value, checkpoint[f"model.{key}"]) for key, value in model.state_dict().items())
 
 
