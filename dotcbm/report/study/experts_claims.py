@@ -4,8 +4,8 @@ Figures are means over seeds with their sample deviations; differences between a
 
     balance  parts "plain" (the Switch loss with one active expert) and "remedy"
     budgets  parts "matryoshka" (the first such row is the one that is judged) and "specialist" (one fixed k)
-    growth   parts "base" (which tells how exact growth is, too), "grown" (the first is judged), "scratch", "continued", "sunk" (grown from
-             earlier steps)
+    growth   parts "base" (which tells how exact growth is, too), "grown" (the first is judged), "scratch", "whole" (from nothing with
+             the base's FLOPs too), "continued", "sunk" (grown from earlier steps)
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _budget_checks(study: ExpertStudy, records: Sequence[Record]) -> list[Check]
 def _growth_table(study: ExpertStudy, records: Sequence[Record]) -> str:
     head = ["row", "n", "accuracy at the start", "accuracy", "steps", "own training, TFLOP", "MFLOP a picture", "parameters, M"]
     body = []
-    for row in rows_of(study, records, "base", "grown", "scratch", "continued", "sunk", ""):
+    for row in rows_of(study, records, "base", "grown", "scratch", "whole", "continued", "sunk", ""):
         runs = [record for record in records if record.row == row.name]
         size = [f"{runs[0].figures[name] / unit:.{digits}f}" for name, unit, digits in
                 (("train/steps", 1, 0), ("train/flops", 1e12, 2), ("flops", 1e6, 1), ("parameters", 1e6, 2))]  # fmt: skip
@@ -210,7 +210,7 @@ def _growth_checks(study: ExpertStudy, records: Sequence[Record]) -> list[Check]
     found: list[Check] = []
     grown = rows_of(study, records, "grown")
     for number, row in enumerate(grown):
-        for part, wanted in (("scratch", 0.03), ("continued", None)):
+        for part, wanted in (("scratch", 0.03), ("whole", None), ("continued", None)):
             for other in rows_of(study, records, part):
                 gain = _difference(by_seed(records, row.name, "accuracy"), by_seed(records, other.name, "accuracy"))
                 met = None if wanted is None or number or not gain else mean(gain) >= wanted

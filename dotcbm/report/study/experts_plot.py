@@ -111,20 +111,20 @@ def _curve(
 
 def _growth(study: ExpertStudy, records: Sequence[Record]) -> Figure:
     """Left the arms at equal extra FLOPs, right the accuracy over what the base had cost."""
-    arms = rows_of(study, records, "grown", "scratch", "continued", "base", "")
+    arms = rows_of(study, records, "grown", "scratch", "whole", "continued", "base")
     height = max(3.6, _HEAD + _LINE * len(arms) + _FOOT + 0.2)
     figure = _figure(study, records, 9.6, height)
     left = place(figure, left=_LABELS + 0.3, top=_HEAD + 0.1, width=2.6, height=_LINE * len(arms))
     for line, row in enumerate(arms):
         left.axhline(line, color=LINE, linewidth=0.6, zorder=0)
         values = [100 * value for value in by_seed(records, row.name, "accuracy").values()]
-        colour = {"grown": _COLOURS[0], "scratch": _COLOURS[1], "continued": _COLOURS[2]}.get(row.part, _COLOURS[6])
+        colour = {"grown": _COLOURS[0], "scratch": _COLOURS[1], "whole": _COLOURS[1], "continued": _COLOURS[2]}.get(row.part, _COLOURS[6])
         _marks(left, values, [float(line)] * len(values), colour=colour)
     left.set_ylim(len(arms) - 0.5, -0.5)
     left.set_yticks(range(len(arms)), [row.name for row in arms], fontsize=NAME, color=INK)
     left.margins(x=0.1)
     left.set_xlabel("accuracy, %", fontsize=SMALL, color=MUTED)
-    left.set_title("at equal extra FLOPs", fontsize=NAME, color=INK, loc="left")
+    left.set_title("after the same extra FLOPs", fontsize=NAME, color=INK, loc="left")
     _plain(left)
     right = place(figure, left=6.3, top=_HEAD + 0.1, width=3.0, height=height - _HEAD - _FOOT - 0.1)
     for row, steps in sunk_costs(study, records):
