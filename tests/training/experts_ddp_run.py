@@ -1,4 +1,4 @@
-"""The runs that test_experts_ranks.py makes in one process, and in two: with DDP, and sharing the encoder."""
+"""The runs that test_expert_training_ranks.py makes in one process, and in two: with DDP, and sharing the encoder."""
 
 from __future__ import annotations
 
