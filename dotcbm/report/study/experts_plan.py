@@ -18,7 +18,7 @@ import yaml
 from dotcbm.encoders.vit_moe_growth import Growth
 from dotcbm.moe.matryoshka import BudgetDraws
 from dotcbm.moe.sparsify import Sparsification
-from dotcbm.report.study.plan import Record
+from dotcbm.report.study.plan import Record, read_run
 from dotcbm.training.experts import ExpertTraining
 
 __all__ = ["ExpertClaim", "ExpertRow", "ExpertRun", "ExpertStudy", "Loop", "is_expert_study", "read_expert_records", "read_expert_study"]
@@ -207,10 +207,7 @@ def read_expert_records(study: ExpertStudy, directory: Path) -> list[Record]:
         path = directory / f"{run.stem}.json"
         if not path.exists():
             continue
-        try:
-            record = Record(**json.loads(path.read_text()))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path}: is no record of a run ({error}); delete it, and the study makes it again") from error
+        record = read_run(path)
         now = run_settings(study, run)
         changed = sorted(key for key in record.settings.keys() | now if record.settings.get(key) != now.get(key))
         if changed:

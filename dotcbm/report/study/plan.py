@@ -31,6 +31,7 @@ __all__ = [
     "check_settings",
     "make_source",
     "read_records",
+    "read_run",
     "read_study",
     "run_settings",
     "runs_of",
@@ -230,13 +231,22 @@ def read_records(study: Study, directory: Path) -> list[Record]:
         path = directory / f"{run.stem}.json"
         if not path.exists():
             continue
-        try:
-            record = Record(**json.loads(path.read_text()))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path}: is no record of a run ({error}); delete it, and the study makes it again") from error
+        record = read_run(path)
         check_settings(record.settings, study=study, run=run, path=path)
         records.append(record)
     return records
+
+
+def read_run(path: Path) -> Record:
+    """The record of one run.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    try:
+        return Record(**json.loads(path.read_text()))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path}: is no record of a run ({error}); delete it, and the study makes it again") from error
 
 
 def check_settings(settings: Mapping[str, Any], *, study: Study, run: Run, path: Path) -> None:
