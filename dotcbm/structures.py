@@ -13,7 +13,7 @@ bottom right one. So a point stays right when the picture is resized.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
@@ -156,9 +156,15 @@ class PatchFeatures:
     detail_BNL: Tensor | None = None
     read_BGX: Tensor | None = None
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PatchFeatures:
-        """The same on another device or in another precision."""
-        return replace(self, **{name: value.to(device, dtype) for name, value in self._tensors().items()})
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, non_blocking: bool = False
+    ) -> PatchFeatures:
+        """The same on another device or in another precision; `non_blocking` as in `torch.Tensor.to`."""
+        return replace(self, **{name: value.to(device, dtype, non_blocking) for name, value in self._tensors().items()})
+
+    def pin_memory(self) -> PatchFeatures:
+        """The same in memory from which a GPU copies on its own."""
+        return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})
 
     def rows(self, index: Tensor) -> PatchFeatures:
         """The pictures `index`, on the device where the features are."""
@@ -249,9 +255,13 @@ class ConceptBatch:
     def __len__(self) -> int:
         return len(self.label_B)
 
-    def to(self, device: torch.device | str) -> ConceptBatch:
-        """The same on another device (Lightning calls this to move a batch)."""
-        return _moved(self, device)
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ConceptBatch:
+        """The same on another device (Lightning calls this to move a batch); `non_blocking` as in `torch.Tensor.to`."""
+        return _changed(self, lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ConceptBatch:
+        """The same in memory from which a GPU copies on its own (torch's loader calls this)."""
+        return _changed(self, lambda value: value.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -322,7 +332,7 @@ class ConceptOutput:
 
     def to(self, device: torch.device | str) -> ConceptOutput:
         """The same on another device."""
-        return _moved(self, device)
+        return _changed(self, lambda value: value.to(device))
 
     def detach(self) -> ConceptOutput:
         """The same, cut from the graph."""
@@ -330,12 +340,12 @@ class ConceptOutput:
         return replace(self, **cut, losses={name: loss.detach() for name, loss in self.losses.items()})
 
 
-def _moved(record: Any, device: torch.device | str) -> Any:
+def _changed(record: Any, change: Callable[[Any], Any]) -> Any:
     changes: dict[str, Any] = {}
     for f in fields(record):
         value = getattr(record, f.name)
         if isinstance(value, Tensor | PatchFeatures):
-            changes[f.name] = value.to(device)
+            changes[f.name] = change(value)
         elif isinstance(value, dict):
-            changes[f.name] = {k: v.to(device) for k, v in value.items()}
+            changes[f.name] = {k: change(v) for k, v in value.items()}
     return replace(record, **changes)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from dotcbm.data.copy_ahead import CopyAheadLoader
 from dotcbm.data.features import FeatureCache
 from dotcbm.data.source import BadPictureError, ConceptDataset
 from dotcbm.data.transforms import collate, prepare_sample
@@ -157,6 +158,11 @@ class Rows(Dataset[ConceptBatch]):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def reads_features(self) -> bool:
+        """Whether batches hold features that lie in main memory or on a disk."""
+        return self.caches is not None and (self._resident is None or self._resident[0].patch_BND.device.type == "cpu")
+
     def __getitem__(self, index: list[Row]) -> ConceptBatch:
         if self.caches is None:
             return self._pictures(index)
@@ -252,8 +258,9 @@ def make_loader(
     num_workers: int = 0,
     world_size: int = 1,
     rank: int = 0,
+    device: torch.device | None = None,
 ) -> DataLoader[ConceptBatch]:
-    """A loader of whole batches in the order of `EpochSampler`."""
+    """A loader of whole batches in the order of `EpochSampler`; on `device`, copied ahead, where workers read features for a GPU."""
     sampler = EpochSampler(
         rows,
         num_rows=len(rows),
@@ -264,14 +271,11 @@ def make_loader(
         world_size=world_size,
         rank=rank,
     )
-    return DataLoader(
-        rows,
-        batch_size=None,
-        sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=_as_is,
-        persistent_workers=num_workers > 0,
-    )
+    settings: dict[str, Any] = {"batch_size": None, "sampler": sampler, "num_workers": num_workers, "collate_fn": _as_is}
+    settings["persistent_workers"] = num_workers > 0
+    if device is not None and device.type == "cuda" and num_workers > 0 and rows.reads_features:
+        return CopyAheadLoader(rows, device=device, **settings)
+    return DataLoader(rows, **settings)
 
 
 def _as_is(batch: Any) -> ConceptBatch:

@@ -391,6 +391,7 @@ class ConceptDataModule(LightningDataModule):
             num_workers=self.num_workers,
             world_size=world_size,
             rank=rank,
+            device=None if self.trainer is None else self.trainer.strategy.root_device,
         )
 
     def _share(self) -> tuple[int, int]:

@@ -42,6 +42,7 @@ class Method:
             reaches it, found before the clock starts: the most favourable setting they could have.
         backward: It has a right gradient of the plan; where not, `why_not` says what is missing.
         fixed: It is also timed at a fixed number of passes.
+        slow: A call takes a second: it is timed three times only, and its passes are found on one set of inputs.
         why_not: See `backward`.
     """
 
@@ -50,6 +51,7 @@ class Method:
     stops_itself: bool = False
     backward: bool = True
     fixed: bool = True
+    slow: bool = False
     why_not: str = ""
 
 
@@ -101,7 +103,7 @@ def methods(device: torch.device, *, compiled: bool) -> tuple[list[Method], list
     else:
         why_not = "it has no gradient of the plan"
         # Two launches a picture and pass: at 50 passes a call takes a second, and says nothing that the equal residual does not.
-        found.append(Method("flash-sinkhorn loop over images", _flash, backward=False, fixed=False, why_not=why_not))
+        found.append(Method("flash-sinkhorn loop over images", _flash, backward=False, fixed=False, slow=True, why_not=why_not))
     return found, missing
 
 

@@ -52,21 +52,27 @@ class Samples:
         return float(np.median(self.wall))
 
 
-def interleave(calls: Mapping[str, Call], *, device: torch.device, repeats: int) -> dict[str, Samples]:
+def interleave(
+    calls: Mapping[str, Call], *, device: torch.device, repeats: int, fewer: Mapping[str, int] | None = None
+) -> dict[str, Samples]:
     """Time the calls in turns.
 
     Args:
         calls: By name; each takes the number of the input set, 0 to NUM_SETS - 1.
         device: Where they run.
         repeats: Rounds; each call is timed once a round (on CUDA twice, for GPU time and for wall time).
+        fewer: Rounds of calls that are too slow for all of them.
     """
-    for call in calls.values():
-        for index in range(NUM_SETS if device.type == "cuda" else 1):
+    rounds = {name: min(repeats, (fewer or {}).get(name, repeats)) for name in calls}
+    for name, call in calls.items():
+        for index in range(NUM_SETS if device.type == "cuda" and rounds[name] == repeats else 1):
             call(index)
     once = _cuda_once if device.type == "cuda" else _cpu_once
     samples = {name: Samples([], []) for name in calls}
     for repeat in range(repeats):
         for name, call in calls.items():
+            if repeat >= rounds[name]:
+                continue
             device_ms, wall_ms = once(call, repeat % NUM_SETS)
             samples[name].device.append(device_ms)
             samples[name].wall.append(wall_ms)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dotcbm.data.copy_ahead import copied_ahead
 from dotcbm.structures import PatchFeatures
 from dotcbm.transport.cost import cosine_similarity
 from dotcbm.transport.priors import patch_prior
@@ -137,7 +138,10 @@ def live_steps(sizes: LiveStep, *, eps: float, device: torch.device, repeats: in
 
 
 def cached_epoch(sizes: CachedEpoch, *, eps: float, device: torch.device, repeats: int) -> list[StepRow]:
-    """One epoch over float16 features in (on CUDA pinned) host memory, read in slices, against reading and adapters alone."""
+    """One epoch over float16 features in (on CUDA pinned) host memory, read in slices, against reading and adapters alone.
+
+    All rows copy a slice to the GPU while they compute on the one before.
+    """
     with _seeded(device):
         feature_BND = torch.empty(sizes.num_images, sizes.num_patches, sizes.width, dtype=torch.float16, pin_memory=device.type == "cuda")
         block_BND = torch.randn(min(sizes.batch, sizes.num_images), *feature_BND.shape[1:]).half()
@@ -150,8 +154,8 @@ def cached_epoch(sizes: CachedEpoch, *, eps: float, device: torch.device, repeat
     transports = _transports((sizes.batch, sizes.num_patches, sizes.num_concepts), eps, device)
 
     def epoch(transport: Transport | None, run: Callable[..., Tensor], optimiser: torch.optim.Optimizer, index: int) -> None:
-        for cached_BND, wanted_BM in zip(feature_BND.split(sizes.batch), target_BM.split(sizes.batch), strict=True):
-            patch_BND = cached_BND.to(device, non_blocking=True)
+        slices = copied_ahead(feature_BND.split(sizes.batch), device)
+        for patch_BND, wanted_BM in zip(slices, target_BM.split(sizes.batch), strict=True):
             with torch.autocast(device.type, torch.bfloat16):
                 if transport is None:
                     # Adapters alone have no loss: their backward pass starts from given gradients.
@@ -166,9 +170,13 @@ def cached_epoch(sizes: CachedEpoch, *, eps: float, device: torch.device, repeat
     calls = {ADAPTERS_ALONE: partial(epoch, None, head, optimiser)}
     calls |= {name: partial(epoch, transport, head, optimiser) for name, transport in transports.items()}
     if device.type == "cuda":  # in Triton's interpreter nothing is compiled
-        compiled = torch.compile(head)
-        calls |= {f"{name}, torch.compile": partial(epoch, transports[name], compiled, optimiser) for name in list(transports)[:3]}
-    return _rows("cached", interleave(calls, device=device, repeats=repeats), baseline=ADAPTERS_ALONE)
+        for mode, said in (("default", ""), ("reduce-overhead", ", CUDA graphs")):
+            compiled = torch.compile(head, mode=mode)
+            names = list(transports)[:3]
+            calls |= {f"{name}, torch.compile{said}": partial(epoch, transports[name], compiled, optimiser) for name in names}
+    with torch._dynamo.config.patch(recompile_limit=64):  # two modes, three transports, and the last batch is smaller
+        samples = interleave(calls, device=device, repeats=repeats)
+    return _rows("cached", samples, baseline=ADAPTERS_ALONE)
 
 
 def step_table(title: str, rows: Sequence[StepRow]) -> Table:
