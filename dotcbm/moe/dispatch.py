@@ -117,6 +117,7 @@ def _sum_by_expert(x_RH: Tensor, expert_R: Tensor, end_E: Tensor) -> Tensor:
 
 
 def _sum_by_product(x_RH: Tensor, end_E: Tensor) -> Tensor:
-    """With the fewest rows of ones that the kernel takes: below a per cent of the layer's FLOPs from D = 384 on, added up in float32."""
-    ones_XR = x_RH.new_ones(_ALIGNMENT // x_RH.dtype.itemsize, len(x_RH))
-    return F.grouped_mm(ones_XR, x_RH.contiguous(), offs=end_E)[:, 0]
+    """With the fewest columns of ones that the kernel takes: below a per cent of the layer's FLOPs from D = 384 on, added up in float32."""
+    # Rows lie one after another in both, so that those of an expert may begin anywhere: CUDA wants the starts of groups aligned.
+    ones_RX = x_RH.new_ones(len(x_RH), _ALIGNMENT // x_RH.dtype.itemsize)
+    return F.grouped_mm(ones_RX.T, x_RH.contiguous(), offs=end_E)[:, 0]

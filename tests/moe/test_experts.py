@@ -209,3 +209,29 @@ def test_the_same_bits_in_every_run():
     experts, x, (index, gate) = experts_of(), tokens(16, 300, 16), random_routing(17, 300, 8, 3)
     for first, second in zip(*(results(experts, x, index, gate, "grouped") for _ in range(2)), strict=True):
         assert torch.equal(first, second)
+
+
+class _Ragged(TorchDispatchMode):
+    """Takes note of products over the rows of groups (2D times 2D) whose first operand has these rows side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.unaligned = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "grouped_mm" in str(func) and args[0].ndim == args[1].ndim == 2:
+            self.seen += 1
+            if args[0].stride(1) == 1 or args[1].stride(1) != 1:
+                self.unaligned.append([tuple(tensor.shape) for tensor in args[:2]])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_groups_may_begin_anywhere_in_grouped_products(k):
+    """CUDA stops the process where the start of a group is not aligned to 16 bytes; a sum of rows by a product once did that."""
+    experts, x, index = Experts(16, 32, 4), torch.randn(13, 16, requires_grad=True), torch.stack([torch.randperm(4)[:k] for _ in range(13)])
+    with _Ragged() as found:
+        experts(x, index, torch.rand(13, k), "grouped").sum().mul(2).backward()
+        _sum_by_product(torch.randn(13 * k, 16), Order.of(index, 4).end_E)
+    assert found.seen == 3
+    assert found.unaligned == []
