@@ -7,6 +7,7 @@ import json
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -45,13 +46,15 @@ class Report:
         self.out = Path(out) / f"{name}_{device.type}" if out else None
         self.tables: list[Table] = []
         self.raw: dict[str, list[dict[str, Any]]] = {}
+        self._last = time.perf_counter()
         for key, value in self.about.items():
             self.console.print(f"{key}: {value}", highlight=False, soft_wrap=True)
 
     def add(self, table: Table) -> None:
         """Print a table, and write it with the next numbers."""
         self.tables.append(table)
-        self.console.print(table.rich(), "")
+        seconds, self._last = time.perf_counter() - self._last, time.perf_counter()
+        self.console.print(table.rich(), f"({seconds:.0f} s)\n", highlight=False)
 
     def keep(self, kind: str, records: Sequence[Any], **where: Any) -> None:
         """Write dataclasses under `kind`, and what is there already."""

@@ -4,8 +4,8 @@ From the repository's root:
 
     python -m tests.benchmarks.transport --device cuda --out reports/benchmarks
 
-Sections: correctness, each size at equal residual and at 50 passes, memory and floor (CUDA), scores without the plan, the training step
-and the cached epoch (CUDA, or tiny with --quick). `--only` picks sections by a part of their name.
+Sections: correctness, each size at equal residual, memory and floor (CUDA), scores without the plan, the training step and the cached
+epoch (CUDA, or tiny with --quick), each size at 50 passes. `--only` picks sections by a part of their name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import get_args
 
 import torch
 
@@ -22,7 +21,7 @@ from .correctness import correctness_table, measure_errors
 from .problems import Size
 from .readout import measure_readout, readout_table
 from .report import Report, device_of, free
-from .rivals import methods
+from .rivals import Method, Missing, methods
 from .timing import one_thread
 from .training_step import CachedEpoch, LiveStep, cached_epoch, epoch_table, live_steps, step_table
 
@@ -49,8 +48,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _measure(report: Report, given: argparse.Namespace, device: torch.device) -> None:
     found, missing = methods(device, compiled=given.compile or device.type == "cuda")
-    repeats = given.repeats or (20 if device.type == "cuda" else 5)
-    hardware = Hardware(bandwidth=given.bandwidth * 1e12, exponentials=given.exp_per_clock * given.num_sms * given.clock * 1e9)
+    repeats = _repeats(given, device)
 
     def wanted(section: str) -> bool:
         return given.only in section
@@ -59,41 +57,54 @@ def _measure(report: Report, given: argparse.Namespace, device: torch.device) ->
         errors = measure_errors(found, all_eps=(0.2,) if given.quick else (0.01, 0.05, 0.2), device=device)
         report.add(correctness_table(errors))
         report.keep("correctness", errors)
-    for mode in get_args(Mode):
-        rows: list[Row] = []
-        for size in SIZES["quick" if given.quick else device.type]:
-            title = f"{mode} {size}"
-            if wanted(title):
-                of_size, left_out = compare(size, mode, found, eps=given.eps, device=device, repeats=repeats)
-                report.add(time_table(title, of_size, [*left_out, *missing], device=device))
-                report.keep("solvers", of_size, mode=mode)
-                report.keep("left_out", [*left_out, *missing], mode=mode, size=size)
-                rows += of_size
-                free(device)
-        if rows and device.type == "cuda":
-            report.add(memory_table(f"memory, {mode}", rows))
-            report.add(floor_table(f"floor, {mode}", rows, hardware))
-            report.keep("solvers", [])
+    _compare(report, given, device, "equal residual", found, missing)
     sizes_read = SIZES["quick" if given.quick else device.type] if given.quick or device.type == "cuda" else []
     if wanted("scores without the plan") and sizes_read:
         ways = [row for size in sizes_read for row in measure_readout(size, eps=given.eps, device=device, repeats=repeats)]
         report.add(readout_table("scores without the plan", ways))
         report.keep("readout", ways)
         free(device)
-    if not given.quick and device.type == "cpu":
+    steps_too = given.quick or device.type == "cuda"
+    if not steps_too:
         report.console.print("scores without the plan, training step, cached epoch: on CUDA, or tiny with --quick\n")
-        return
-    if wanted("training step"):
+    if wanted("training step") and steps_too:
         sizes = TINY_STEP if given.quick else LiveStep()
         steps = live_steps(sizes, eps=given.eps, device=device, repeats=repeats)
         report.add(step_table(f"training step, {_described(sizes)}", steps))
         report.keep("training_step", steps, **asdict(sizes))
         free(device)
-    if wanted("cached epoch"):
+    if wanted("cached epoch") and steps_too:
         sizes = TINY_EPOCH if given.quick else CachedEpoch()
         steps = cached_epoch(sizes, eps=given.eps, device=device, repeats=repeats)
         report.add(epoch_table(f"cached epoch, {_described(sizes)}", steps))
         report.keep("cached_epoch", steps, **asdict(sizes))
+        free(device)
+    _compare(report, given, device, "50 passes", found, missing)
+
+
+def _compare(
+    report: Report, given: argparse.Namespace, device: torch.device, mode: Mode, found: list[Method], missing: list[Missing]
+) -> None:
+    """Every solver on every size."""
+    rows: list[Row] = []
+    for size in SIZES["quick" if given.quick else device.type]:
+        title = f"{mode} {size}"
+        if given.only in title:
+            of_size, left_out = compare(size, mode, found, eps=given.eps, device=device, repeats=_repeats(given, device))
+            report.add(time_table(title, of_size, [*left_out, *missing], device=device))
+            report.keep("solvers", of_size, mode=mode)
+            report.keep("left_out", [*left_out, *missing], mode=mode, size=size)
+            rows += of_size
+            free(device)
+    if rows and device.type == "cuda":
+        hardware = Hardware(bandwidth=given.bandwidth * 1e12, exponentials=given.exp_per_clock * given.num_sms * given.clock * 1e9)
+        report.add(memory_table(f"memory, {mode}", rows))
+        report.add(floor_table(f"floor, {mode}", rows, hardware))
+        report.keep("solvers", [])
+
+
+def _repeats(given: argparse.Namespace, device: torch.device) -> int:
+    return given.repeats or (20 if device.type == "cuda" else 5)
 
 
 def _described(sizes: LiveStep | CachedEpoch) -> str:
