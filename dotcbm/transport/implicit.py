@@ -12,8 +12,10 @@ The system is symmetric. For a gradient G of the plan, W = S * G, g_i = sum_j W_
 
     dC = -P (G - x - y) / eps,   dtheta = (r / theta) (g - S y),   dgamma = (c / (p_v gamma)) y
 
-It has one null direction where both sides are balanced, a constant, which the right-hand side has no part of. theta's gradient comes from
-the softmax S and not from plan / theta, so that it stays finite for the smallest saliency; an entry of exactly 0 has none.
+It has one null direction where both sides are balanced, a constant, which the right-hand side has no part of. Everything is computed
+from the plan, as S is its rows over their sums: on a processor a softmax would take more time than all else together. Rows whose sums
+are too small for that are made anew, as a softmax, so that theta's gradient stays finite for the smallest saliency; an entry of exactly
+0 has none.
 The formula holds where the iteration has converged; `dotcbm.transport.sinkhorn` sees to that.
 """
 
@@ -34,7 +36,9 @@ _MAX_STEPS = 200
 _TOLERANCE_FLOAT64 = 1e-13
 # Curvature over squared length below which a direction is the null direction but for rounding; other eigenvalues are far above.
 _FLAT = {torch.float32: 1e-6, torch.float64: 1e-14}
-_GROUP_ELEMENTS = 2**21  # see backend_torch
+_GROUP_ELEMENTS = 2**20  # as in backend_torch, of three arrays
+# Sums of a plan's row below which its entries may be too small to tell their shares.
+_SMALL = {torch.float32: 1e-30, torch.float64: 1e-290}
 
 
 def attach_gradient(
@@ -51,16 +55,16 @@ def attach_gradient(
 class _Plan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, found: TransportPlan, settings: Settings) -> Tensor:
-        ctx.save_for_backward(cost_BNM, theta_BN, gamma_BM, found.log_u_BN, found.log_v_BM)
+        ctx.save_for_backward(cost_BNM, theta_BN, gamma_BM, found.log_v_BM, found.plan_BNM)
         ctx.settings = settings
         return found.plan_BNM
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        cost_BNM, theta_BN, gamma_BM, log_u_BN, log_v_BM = ctx.saved_tensors
+        cost_BNM, theta_BN, gamma_BM, log_v_BM, plan_BNM = ctx.saved_tensors
         with torch.autocast(cost_BNM.device.type, enabled=False):
-            gradients = _gradients(grads[0], cost_BNM, theta_BN, gamma_BM, log_u_BN, log_v_BM, settings=ctx.settings)
+            gradients = _gradients(grads[0], cost_BNM, theta_BN, gamma_BM, log_v_BM, plan_BNM, settings=ctx.settings)
         return (*gradients, None, None)
 
 
@@ -69,8 +73,8 @@ def _gradients(
     cost_BNM: Tensor,
     theta_BN: Tensor,
     gamma_BM: Tensor,
-    log_u_BN: Tensor,
     log_v_BM: Tensor,
+    plan_BNM: Tensor,
     *,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,16 +87,8 @@ def _gradients(
     step = max(1, _GROUP_ELEMENTS // (N * M)) if cost_BNM.device.type == "cpu" else max(1, B)
     for start in range(0, B, step):
         rows = slice(start, start + step)
-        d_theta[rows], d_gamma[rows] = _group(
-            grad_BNM[rows],
-            cost_BNM[rows],
-            theta_BN[rows],
-            gamma_BM[rows],
-            log_u_BN[rows],
-            log_v_BM[rows],
-            settings=settings,
-            out_GNM=d_cost[rows],
-        )
+        given = (tensor[rows] for tensor in (grad_BNM, cost_BNM, theta_BN, gamma_BM, log_v_BM, plan_BNM))
+        d_theta[rows], d_gamma[rows] = _group(*given, settings=settings, out_GNM=d_cost[rows])
     return d_cost, d_theta, d_gamma
 
 
@@ -101,30 +97,31 @@ def _group(
     cost_GNM: Tensor,
     theta_GN: Tensor,
     gamma_GM: Tensor,
-    log_u_GN: Tensor,
     log_v_GM: Tensor,
+    plan_GNM: Tensor,
     *,
     settings: Settings,
     out_GNM: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of theta and gamma; that of the cost goes to out_GNM."""
     eps, (power_u, power_v) = settings.eps, settings.powers
-    soft_GNM = torch.sub(log_v_GM[:, None], cost_GNM, alpha=1 / eps)
-    if power_u == 1:
-        row_GN, row_over_theta_GN = theta_GN, torch.ones_like(theta_GN)
-    else:
-        sum_GN = soft_GNM.logsumexp(2)
-        row_GN, row_over_theta_GN = (log_u_GN + sum_GN).exp(), ((1 - power_u) * sum_GN).exp()
-    soft_GNM = soft_GNM.softmax(2)
-    weighted_GNM = torch.mul(soft_GNM, grad_GNM, out=out_GNM)
-    mean_GN = weighted_GNM.sum(2)
-    column_GM = _rows_times(row_GN, soft_GNM)
-    right_GM = _rows_times(row_GN, weighted_GNM) - power_u * _rows_times(row_GN * mean_GN, soft_GNM)
-    y_GM = _solve_schur(soft_GNM, row_GN, column_GM, right_GM, settings)
-    inner_GN = mean_GN - torch.bmm(y_GM[:, None], soft_GNM.transpose(1, 2))[:, 0]
-    shift_GNM = soft_GNM.mul_((power_u * inner_GN)[:, :, None] + y_GM[:, None])
-    weighted_GNM.sub_(shift_GNM).mul_((row_GN / -eps)[:, :, None])
-    d_theta_GN = torch.where(theta_GN > 0, row_over_theta_GN * inner_GN, 0.0)
+    row_GN, column_GM = plan_GNM.sum(2), plan_GNM.sum(1)
+    small_GN = row_GN < _SMALL[row_GN.dtype]
+    over_row_GN = torch.where(small_GN, 0.0, row_GN.reciprocal())
+    weighted_GNM = torch.mul(plan_GNM, grad_GNM, out=out_GNM)
+    mean_GN = weighted_GNM.sum(2) * over_row_GN
+    right_GM = weighted_GNM.sum(1) - power_u * _rows_times(mean_GN, plan_GNM)
+    y_GM = _solve_schur(plan_GNM, over_row_GN, column_GM, right_GM, settings)
+    inner_GN = mean_GN - torch.bmm(y_GM[:, None], plan_GNM.transpose(1, 2))[:, 0] * over_row_GN
+    weighted_GNM.addcmul_(plan_GNM, (power_u * inner_GN)[:, :, None], value=-1).addcmul_(plan_GNM, y_GM[:, None], value=-1).mul_(-1 / eps)
+    ratio_GN = torch.ones_like(row_GN) if power_u == 1 else row_GN / theta_GN.where(theta_GN > 0, 1.0)
+    tiny_GN = small_GN & (theta_GN > 0)
+    if bool(tiny_GN.any()):
+        image_R = tiny_GN.nonzero()[:, 0]
+        scaled_RM = log_v_GM[image_R] - cost_GNM[tiny_GN] / eps
+        inner_GN[tiny_GN] = (scaled_RM.softmax(1) * (grad_GNM[tiny_GN] - y_GM[image_R])).sum(1)
+        ratio_GN[tiny_GN] = ((1 - power_u) * scaled_RM.logsumexp(1)).exp()
+    d_theta_GN = torch.where(theta_GN > 0, ratio_GN * inner_GN, 0.0)
     ratio_GM = torch.ones_like(gamma_GM) if power_v == 1 else column_GM / (power_v * gamma_GM.where(gamma_GM > 0, 1.0))
     return d_theta_GN, torch.where(gamma_GM > 0, ratio_GM * y_GM, 0.0)
 
@@ -133,19 +130,19 @@ def _rows_times(a_GN: Tensor, matrix_GNM: Tensor) -> Tensor:
     return torch.bmm(a_GN[:, None], matrix_GNM)[:, 0]
 
 
-def _solve_schur(soft_GNM: Tensor, row_GN: Tensor, column_GM: Tensor, right_GM: Tensor, settings: Settings) -> Tensor:
+def _solve_schur(plan_GNM: Tensor, over_row_GN: Tensor, column_GM: Tensor, right_GM: Tensor, settings: Settings) -> Tensor:
     """(G, M) y of (diag(c) / p_v - p_u S^T diag(r) S) y = right; 0 for a concept without mass."""
     present_GM = column_GM > 0
     scale_GM = torch.where(present_GM, column_GM.where(present_GM, 1.0).rsqrt(), 0.0)
     if column_GM.shape[1] <= _DIRECT:
-        return _direct(soft_GNM, row_GN, right_GM, scale_GM, settings)
-    return _conjugate_gradients(soft_GNM, row_GN, right_GM, scale_GM, settings)
+        return _direct(plan_GNM, over_row_GN, right_GM, scale_GM, settings)
+    return _conjugate_gradients(plan_GNM, over_row_GN, right_GM, scale_GM, settings)
 
 
-def _direct(soft_GNM: Tensor, row_GN: Tensor, right_GM: Tensor, scale_GM: Tensor, settings: Settings) -> Tensor:
+def _direct(plan_GNM: Tensor, over_row_GN: Tensor, right_GM: Tensor, scale_GM: Tensor, settings: Settings) -> Tensor:
     """By Cholesky, scaled to a unit diagonal of c. The null direction sqrt(c) of a balanced problem is lifted to eigenvalue 1."""
     power_u, power_v = settings.powers
-    half_GNM = soft_GNM * row_GN.sqrt()[:, :, None] * scale_GM[:, None]
+    half_GNM = plan_GNM * over_row_GN.sqrt()[:, :, None] * scale_GM[:, None]
     identity_MM = torch.eye(right_GM.shape[1], dtype=right_GM.dtype, device=right_GM.device)
     matrix_GMM = identity_MM / power_v - power_u * half_GNM.transpose(1, 2) @ half_GNM
     if settings.balanced:
@@ -155,12 +152,12 @@ def _direct(soft_GNM: Tensor, row_GN: Tensor, right_GM: Tensor, scale_GM: Tensor
     factor_GMM, failed_G = torch.linalg.cholesky_ex(matrix_GMM)
     solved_GM = torch.cholesky_solve((scale_GM * right_GM)[:, :, None], factor_GMM)[:, :, 0]
     if bool((failed_G > 0).any()):  # concepts that no patch tells apart: singular to rounding
-        rest_GM = _conjugate_gradients(soft_GNM, row_GN, right_GM, scale_GM, settings)
+        rest_GM = _conjugate_gradients(plan_GNM, over_row_GN, right_GM, scale_GM, settings)
         return torch.where((failed_G > 0)[:, None], rest_GM, scale_GM * solved_GM)
     return scale_GM * solved_GM
 
 
-def _conjugate_gradients(soft_GNM: Tensor, row_GN: Tensor, right_GM: Tensor, scale_GM: Tensor, settings: Settings) -> Tensor:
+def _conjugate_gradients(plan_GNM: Tensor, over_row_GN: Tensor, right_GM: Tensor, scale_GM: Tensor, settings: Settings) -> Tensor:
     """On the matrix scaled to a unit diagonal of c, each picture until its residual has fallen by `adjoint_tolerance` (float64: 1e-13)."""
     power_u, power_v = settings.powers
     tolerance = _TOLERANCE_FLOAT64 if right_GM.dtype == torch.float64 else settings.adjoint_tolerance
@@ -172,16 +169,17 @@ def _conjugate_gradients(soft_GNM: Tensor, row_GN: Tensor, right_GM: Tensor, sca
         open_G = square_G > enough_G
         if not bool(open_G.any()):
             break
-        forward_GN = torch.bmm((scale_GM * direction_GM)[:, None], soft_GNM.transpose(1, 2))[:, 0]
-        image_GM = direction_GM / power_v - power_u * scale_GM * _rows_times(row_GN * forward_GN, soft_GNM)
+        forward_GN = torch.bmm((scale_GM * direction_GM)[:, None], plan_GNM.transpose(1, 2))[:, 0]
+        product_GM = _rows_times(forward_GN.mul_(over_row_GN), plan_GNM)
+        image_GM = torch.addcmul(direction_GM if power_v == 1 else direction_GM / power_v, scale_GM, product_GM, value=-power_u)
         curvature_G = (direction_GM * image_GM).sum(1)
         bent_G = open_G & (curvature_G > _FLAT[square_G.dtype] * direction_GM.square().sum(1))
         length_G = torch.where(bent_G, square_G / curvature_G.where(bent_G, 1.0), 0.0)
-        solved_GM = solved_GM + length_G[:, None] * direction_GM
-        residual_GM = residual_GM - length_G[:, None] * image_GM
+        solved_GM = torch.addcmul(solved_GM, length_G[:, None], direction_GM)
+        residual_GM = torch.addcmul(residual_GM, length_G[:, None], image_GM, value=-1)
         new_G = residual_GM.square().sum(1)
         # A picture that is done stays as it is: its direction would grow without bound.
         turn_G = torch.where(bent_G, new_G / square_G.where(bent_G, 1.0), 0.0)
-        direction_GM = residual_GM + turn_G[:, None] * direction_GM
+        direction_GM = torch.addcmul(residual_GM, turn_G[:, None], direction_GM)
         square_G = torch.where(bent_G, new_G, 0.0)
     return scale_GM * solved_GM

@@ -112,3 +112,22 @@ def test_backward_inside_autocast_computes_in_full_precision():
         got = torch.autograd.grad(plan.square().sum(), inputs)
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("relax", [None, 0.4])
+def test_rows_too_small_for_their_shares_have_the_gradient_of_their_softmax(relax):
+    """From 1e-30 on a row of the plan underflows, whose shares decide its gradient: computed in float64, they do not."""
+    rng = torch.Generator().manual_seed(5)
+    cost, weight = torch.rand(2, 6, 40, generator=rng), torch.randn(2, 6, 40, generator=rng)
+    theta = torch.tensor([[1e-33, 0.25, 0.25, 0.25, 0.25, 0.0], [1e-41, 1e-29, 0.5, 0.5, 1e-12, 0.0]])
+    settings = {"eps": 0.05, "tol": 1e-6, "max_iter": 2000, "relax_patch": relax, "relax_concept": relax, "solver": "torch"}
+
+    def gradient(dtype):
+        mass = (theta.double() / theta.double().sum(1, keepdim=True)).to(dtype).requires_grad_()
+        plan = sinkhorn(cost.to(dtype), mass, torch.full((40,), 1 / 40, dtype=dtype), check=False, **settings).plan_BNM
+        return torch.autograd.grad((plan * weight).sum(), mass)[0].double()
+
+    found, expected = gradient(torch.float32), gradient(torch.float64)
+    centred = [x - x[theta > 1e-20].mean() if relax is None else x for x in (found, expected)]
+    assert (found[theta == 0] == 0).all()
+    torch.testing.assert_close(centred[0][theta > 0], centred[1][theta > 0], rtol=2e-3, atol=2e-3)
