@@ -58,7 +58,7 @@ class ConceptDataModule(LightningDataModule):
         batch_size: Pictures in a batch of each process; the paper's is 128.
         val_fraction: Share of each training class that becomes the validation split, if the source has none; 0 for none.
         seed: Of the validation part, of orders and of views.
-        num_workers: Processes that read batches.
+        num_workers: Processes that read batches; for a GPU, batches of cached features are then copied ahead (`dotcbm.data.copy_ahead`).
         cache_dir: Where the features of frozen encoders lie; None runs the encoder in every step.
         views: How training pictures are shown, one drawn for each picture and epoch (see `dotcbm.data.batches.VIEWS`): ["plain"]
                 by default; ["plain", "flip"] mirrors every other one, "coarse" prepares for pictures of less detail, "swap" shows what the
