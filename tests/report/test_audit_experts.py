@@ -134,6 +134,36 @@ def test_the_background_share_is_that_of_the_masks(record, encoder):
             assert row.background.value == pytest.approx(float(outside_NP[index_NP == e].mean()), abs=1e-5)
 
 
+def test_two_active_experts_share_each_patch():
+    """Loads, balance, background and maps by hand: a patch counts for both of its experts, and a map shows the first."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        moe = {"num_experts": 4, "k": 2, "arguments": {"patch_size": 8, "depth": 2}, "blocks": "all"}
+        encoder = ImageEncoder("vit_moe/test", pretrained=False, moe=moe)
+    found = audited(model_of(encoder, PublishedDotCBM, dim=8, iterations=3)).experts
+    dataset = DRAWN.load("test")
+    outside_NP = torch.cat([1 - coverage(dataset.read_foreground(n)[None], grid=(8, 8)) for n in range(40)])
+    data = ConceptDataModule(DRAWN, batch_size=40, cache_dir=None)
+    data.use_encoder(encoder)
+    with torch.no_grad():
+        encoder(next(iter(data.plain_loader("test"))).image_B3HW)
+    for layer, held in zip(found, moe_layers(encoder).values(), strict=True):
+        assert held.routing is not None
+        index_NPK = held.routing.index_TK.view(40, -1, 2)[:, held.count_prefix :]
+        goes_NPE = torch.stack([(index_NPK == e).any(2) for e in range(4)], 2)
+        load_E = goes_NPE.float().mean((0, 1))
+        assert layer.active == 2
+        assert [row.load.value for row in layer.experts] == pytest.approx(load_E.tolist(), abs=1e-4)
+        assert sum(row.load.value for row in layer.experts) == pytest.approx(2, abs=1e-4)
+        assert layer.max_vio == pytest.approx(float(4 * load_E.max() / 2 - 1), abs=1e-3)
+        for e, row in enumerate(layer.experts):
+            if row.background.value is not None:
+                assert row.background.value == pytest.approx(float(outside_NP[goes_NPE[:, :, e]].mean()), abs=1e-3)
+        score_NPE = held.routing.score_TE.view(40, -1, 4)[:, held.count_prefix :]
+        for shown in layer.maps:
+            assert list(shown.expert_P) == score_NPE[shown.row].argmax(1).tolist()
+
+
 def test_without_a_plan_concepts_are_those_of_the_picture(encoder):
     found = audited(model_of(encoder, CBM), depth="figures")
     assert [(table.kind, table.source) for table in found.experts[0].tables] == [
