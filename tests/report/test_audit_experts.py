@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -34,7 +35,7 @@ from dotcbm.report.record_file import read_record, record_from_dict, record_to_d
 from dotcbm.report.record_interval import Interval
 from dotcbm.report.render import html, markdown, write_html
 from dotcbm.report.render.experts import expert_views, load_chart
-from dotcbm.structures import Problem
+from dotcbm.structures import ConceptBatch, Problem
 
 QUICK = AuditSettings(
     num_draws=20,
@@ -162,6 +163,20 @@ def test_two_active_experts_share_each_patch():
         score_NPE = held.routing.score_TE.view(40, -1, 4)[:, held.count_prefix :]
         for shown in layer.maps:
             assert list(shown.expert_P) == score_NPE[shown.row].argmax(1).tolist()
+
+
+def test_key_points_are_in_the_patch_that_holds_them():
+    """On edges and in the middle; hidden, unknown and outside points are in none."""
+    x_y_visible = [[0, 0, 1], [0.999, 0, 1], [1, 1, 1], [0.5, 0.24, 1], [0.3, 0.3, 0], [math.nan, 0.2, 1], [1.2, 0.5, 1]]
+    none = torch.zeros(1, dtype=torch.long)
+    batch = ConceptBatch(torch.zeros(1, 1), none, none, ("a.png",), torch.full((1, 2), 64), points_BP3=torch.tensor([x_y_visible]))
+    names = tuple("abcdefg")
+    share_PR = collecting._parts(batch, names, grid=(4, 2), outside_BP=None, by_mask=False)[0]
+    assert [share_PR[:, r].nonzero()[:, 0].tolist() for r in range(7)] == [[0], [1], [7], [1], [], [], []]
+    outside_BP = torch.tensor([[1.0, 0.5, 0, 0, 1, 1, 1, 1]])
+    with_background = collecting._parts(batch, (*names, collecting.BACKGROUND), grid=(4, 2), outside_BP=outside_BP, by_mask=False)
+    assert torch.equal(with_background[0, :, :7], share_PR)
+    assert torch.equal(with_background[:, :, 7], outside_BP)
 
 
 def test_without_a_plan_concepts_are_those_of_the_picture(encoder):
