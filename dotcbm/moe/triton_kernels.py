@@ -14,6 +14,8 @@ to scale an operand on its way from memory to the tensor cores (ScatterMoE, arXi
 That d(gate) comes out of dh and GELU(z), and needs no output of the experts, is SonicMoE's (arXiv 2512.14080). Ours: GELU(z) is kept
 beside z, since here it needs no recomputation and costs a dense MLP in PyTorch the same memory.
 
+Where the two activations are passes of their own, the products are `out` alone, with rows read through the order.
+
 A program takes up to BM rows of one expert, which it finds in a map (see `triton_sorting`), by BN columns; programs next to each other
 take the same rows, so that these are read from memory once. Sums are in float32, and nothing is added atomically: results are the same
 in every run. Rows beyond the end of a tile repeat its last one where they are read, and are not written.
@@ -25,10 +27,14 @@ in every run. Rows beyond the end of a tile repeat its last one where they are r
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
 __all__ = [
+    "activate_kernel",
+    "activation_gradient_kernel",
     "add_chunks_kernel",
     "add_slots_kernel",
     "add_tiles_kernel",
@@ -38,6 +44,7 @@ __all__ = [
     "weight_gradient_kernel",
 ]
 
+_INTERPRETED = tl.constexpr(bool(os.environ.get("TRITON_INTERPRET")))
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
 _MINUS_HALF_LOG2E = tl.constexpr(-0.7213475204444817)
@@ -48,11 +55,31 @@ _A4, _A5 = tl.constexpr(-1.453152027), tl.constexpr(1.061405429)
 
 
 @triton.jit
+def _exp2(x):
+    """To two units in the last place, in one instruction: Triton's own takes five more for numbers that are too small to matter here."""
+    if _INTERPRETED:
+        y = tl.exp2(x)
+    else:
+        y = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
+
+
+@triton.jit
+def _reciprocal(x):
+    """As `_exp2`."""
+    if _INTERPRETED:
+        y = 1.0 / x
+    else:
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
+
+
+@triton.jit
 def _normal(z):
     """Phi(z) and exp(-z^2 / 2), of which the first takes the second: less than half the instructions of erf and exp."""
     x = tl.abs(z) * _SQRT_HALF
-    exponential = tl.exp2(z * z * _MINUS_HALF_LOG2E)
-    t = 1.0 / (1.0 + _P * x)
+    exponential = _exp2(z * z * _MINUS_HALF_LOG2E)
+    t = _reciprocal(1.0 + _P * x)
     beyond = 0.5 * exponential * t * (_A1 + t * (_A2 + t * (_A3 + t * (_A4 + t * _A5))))
     return tl.where(z < 0, beyond, 1 - beyond), exponential
 
@@ -200,8 +227,10 @@ def out_kernel(
     out_ptr,
     K,
     N,
+    SLOTS,
     HAS_BIAS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    GATHER: tl.constexpr,
     SCATTER: tl.constexpr,
     A_DESC: tl.constexpr,
     B_DESC: tl.constexpr,
@@ -212,23 +241,26 @@ def out_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Rows times their expert's weight, or its transpose, plus g bias; to the token's row where SCATTER, else in the order of experts."""
+    """Rows times their expert's weight, or its transpose, plus bias.
+
+    Rows are those of tokens with GATHER, else in the order of experts; they are written to the token's with SCATTER, else in that order.
+    The bias is multiplied with the gate without GATHER.
+    """
     _, expert, begin, end, n = _tile(tile_ptr, N, BN)
     if expert < 0:
         return
     row = begin + tl.arange(0, BM)
     rows = tl.minimum(row, end - 1)
-    b_row = expert * N if TRANSPOSED else expert * K
-    acc = _multiply(a, weight, rows, begin, b_row, n * BN, K, N, A_DESC, B_DESC, TRANSPOSED, EVEN_K, EVEN_N, WIDEN, BM, BN, BK)
-    offs_n = n * BN + tl.arange(0, BN)
-    to = rows
-    if SCATTER or HAS_BIAS:
+    if GATHER or SCATTER or HAS_BIAS:
         assignment = tl.load(order_ptr + rows)
-        if SCATTER:
-            to = assignment
+    source = assignment // SLOTS if GATHER else rows
+    b_row = expert * N if TRANSPOSED else expert * K
+    acc = _multiply(a, weight, source, begin, b_row, n * BN, K, N, A_DESC, B_DESC, TRANSPOSED, EVEN_K, EVEN_N, WIDEN, BM, BN, BK)
+    offs_n = n * BN + tl.arange(0, BN)
+    to = assignment if SCATTER else rows
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert.to(tl.int64) * N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-        acc += tl.load(gate_ptr + assignment)[:, None] * bias[None, :]
+        acc += bias[None, :] if GATHER else tl.load(gate_ptr + assignment)[:, None] * bias[None, :]
     tl.store(out_ptr + to[:, None].to(tl.int64) * N + offs_n[None, :], acc, mask=(row < end)[:, None] & (offs_n < N)[None, :])
 
 
@@ -281,6 +313,41 @@ def hidden_gradient_kernel(
         if HAS_BIAS:
             tl.store(sum_ptr + tile.to(tl.int64) * H + offs_n, tl.sum(tl.where(ok, dz, 0.0), 0), mask=offs_n < H)
     tl.store(dgate_ptr + n.to(tl.int64) * R + assignment, dgate, mask=row < end)
+
+
+@triton.jit
+def activate_kernel(z_ptr, gate_ptr, order_ptr, gated_ptr, R, H, BM: tl.constexpr, BN: tl.constexpr):
+    """g GELU(z)."""
+    row, offs_n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    ok = (row < R)[:, None] & (offs_n < H)[None, :]
+    at = row[:, None].to(tl.int64) * H + offs_n[None, :]
+    gate = tl.load(gate_ptr + tl.load(order_ptr + row, mask=row < R, other=0))
+    z = tl.load(z_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    below, _ = _normal(z)
+    tl.store(gated_ptr + at, z * below * gate[:, None], mask=ok)
+
+
+@triton.jit
+def activation_gradient_kernel(
+    dh_ptr, z_ptr, gate_ptr, order_ptr, tile_ptr, dgate_ptr, sum_ptr, H, R, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """dz in the place of dh; what these columns contribute to d(gate), at dgate[n, assignment]; and dz summed over the tile's rows."""
+    tile, expert, begin, end, n = _tile(tile_ptr, H, BN)
+    if expert < 0:
+        return
+    row, offs_n = begin + tl.arange(0, BM), n * BN + tl.arange(0, BN)
+    assignment = tl.load(order_ptr + tl.minimum(row, end - 1))
+    gate = tl.load(gate_ptr + assignment)
+    ok = (row < end)[:, None] & (offs_n < H)[None, :]
+    at = row[:, None].to(tl.int64) * H + offs_n[None, :]
+    dh = tl.load(dh_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    below, exponential = _normal(z)
+    dz = dh * gate[:, None] * (below + z * (_INVERSE_SQRT_2PI * exponential))
+    tl.store(dh_ptr + at, dz, mask=ok)
+    tl.store(dgate_ptr + n.to(tl.int64) * R + assignment, tl.sum(dh * (z * below), 1), mask=row < end)
+    if HAS_BIAS:
+        tl.store(sum_ptr + tile.to(tl.int64) * H + offs_n, tl.sum(dz, 0), mask=offs_n < H)
 
 
 @triton.jit

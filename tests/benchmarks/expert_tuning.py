@@ -30,20 +30,29 @@ _ROUNDS = 7
 CANDIDATES: dict[str, Tiles] = {
     "128x256 8w 3s": Tiles(128, 256, 64, 8, 3, True, 4),
     "128x256 8w 3s, 8 parts": Tiles(128, 256, 64, 8, 3, True, 8),
+    "128x256 8w 3s, separate": Tiles(128, 256, 64, 8, 3, True, 4, fused=False),
     "128x256 8w 4s": Tiles(128, 256, 64, 8, 4, True, 4),
-    "128x256 8w 3s, pointers": Tiles(128, 256, 64, 8, 3, False, 4),
     "256x128 8w 3s": Tiles(256, 128, 64, 8, 3, True, 4),
-    "256x128 8w 4s": Tiles(256, 128, 64, 8, 4, True, 4),
+    "256x128 8w 3s, separate": Tiles(256, 128, 64, 8, 3, True, 4, fused=False),
     "128x128 8w 3s 128r": Tiles(128, 128, 64, 8, 3, True, 4, 128),
     "128x128 8w 3s 128r, 8 parts": Tiles(128, 128, 64, 8, 3, True, 8, 128),
-    "128x128 8w 3s 128r, pointers": Tiles(128, 128, 64, 8, 3, False, 4, 128),
+    "128x128 8w 3s 128r, separate": Tiles(128, 128, 64, 8, 3, True, 4, 128, fused=False),
+    "128x128 8w 4s 128r": Tiles(128, 128, 64, 8, 4, True, 4, 128),
     "128x128 4w 3s": Tiles(128, 128, 64, 4, 3, True, 4),
     "128x128 4w 3s, 8 parts": Tiles(128, 128, 64, 4, 3, True, 8),
-    "128x128x32 4w 5s": Tiles(128, 128, 32, 4, 5, True, 4),
-    "64x256 4w 2s": Tiles(64, 256, 64, 4, 2, True, 8),
+    "128x128 4w 3s, separate": Tiles(128, 128, 64, 4, 3, True, 4, fused=False),
+    "128x128 4w 4s": Tiles(128, 128, 64, 4, 4, True, 4),
     "64x128 4w 4s 128r": Tiles(64, 128, 64, 4, 4, True, 4, 128),
+    "64x256 4w 3s": Tiles(64, 256, 64, 4, 3, True, 8),
+    "128x256 8w 3s, pointers": Tiles(128, 256, 64, 8, 3, False, 4),
 }
-SMALL_CANDIDATES = {"32x32": Tiles(32, 32, 16, 4, 2, True, 1), "32x32, pointers": Tiles(32, 32, 16, 4, 2, False, 1)}
+# What only these two have: parts, and passes of their own.
+_ACTIVATED: tuple[Product, ...] = ("up", "hidden")
+SMALL_CANDIDATES = {
+    "32x32": Tiles(32, 32, 16, 4, 2, True, 1),
+    "32x32, separate": Tiles(32, 32, 16, 4, 2, True, 1, fused=False),
+    "32x32, pointers": Tiles(32, 32, 16, 4, 2, False, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,8 @@ def sweep(problem: Problem, candidates: dict[str, Tiles], *, device: torch.devic
     for names in (list(candidates), list(candidates)[::-1]):
         for product in PRODUCTS:
             for name in names:
+                if product not in _ACTIVATED and ("parts" in name or "separate" in name):
+                    continue
                 try:
                     time = _median(lambda index: steps.run(product, index, candidates[name]), device)  # noqa: B023 (called at once)
                 except Exception as error:
@@ -208,7 +219,7 @@ def _inner(product: Product, size: Size) -> int:
 def _chosen(product: Product, size: Size, num_tokens: int) -> str:
     inner = num_tokens * size.k if product.endswith("weight") else _inner(product, size)
     chosen = tiles_of(product, torch.bfloat16, inner=inner, columns=_columns(product, size))
-    if product not in ("up", "hidden"):  # the others have no parts
+    if product not in _ACTIVATED:  # the others have no parts
         chosen = chosen._replace(parts=4)
     return next((name for name, tiles in CANDIDATES.items() if tiles == chosen), "")
 

@@ -25,7 +25,10 @@ def test_every_table_comes_out(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "failed" not in raw
     assert max(error for row in raw["errors"] for error in row["errors"]) < 1e-6
     assert {row["name"] for row in raw["speed"]} == {"dense FFN", "triton", "grouped", "padded", "loop"}
-    assert all(not row["error"] and all(row["milliseconds"].values()) for row in raw["tiles"])
+    for row in raw["tiles"]:
+        assert not row["error"]
+        for product, milliseconds in row["milliseconds"].items():  # only activations can be passes of their own
+            assert milliseconds is None if "separate" in row["name"] and product not in ("up", "hidden") else milliseconds > 0
 
 
 def test_a_cpu_has_nothing_to_time(monkeypatch: pytest.MonkeyPatch):
