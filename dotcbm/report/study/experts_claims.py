@@ -175,17 +175,17 @@ def _budget_checks(study: ExpertStudy, records: Sequence[Record]) -> list[Check]
     found: list[Check] = []
     specialists = rows_of(study, records, "specialist")
     areas = {row.name: {r.seed: area(r, budgets) for r in records if r.row == row.name} for row in rows}
-    for number, row in enumerate(rows_of(study, records, "matryoshka")):
+    for row in rows_of(study, records, "matryoshka"):
         for other in specialists:
             k = study.encoder["moe"]["k"] if "k" not in other.moe else other.moe["k"]
             regret = _difference(by_seed(records, other.name, f"accuracy@{k}"), by_seed(records, row.name, f"accuracy@{k}"))
             said = f"{told(regret, digits=1, scale=100)} points" if regret else "—"
-            met = (bool(regret) and mean(regret) <= 0.01) if number == 0 else None
+            met = bool(regret) and mean(regret) <= 0.01
             found.append(Check(f"{row.name}: regret to {other.name} at k = {k} at most 1 point", said, met))
         if specialists:
             best = max(specialists, key=lambda other: mean(areas[other.name].values()))
             gain = _difference(areas[row.name], areas[best.name])
-            met = (bool(gain) and mean(gain) > 0) if number == 0 else None
+            met = bool(gain) and mean(gain) > 0
             said = f"{told(gain, digits=1, scale=100)} points above the best, {best.name}" if gain else "—"
             found.append(Check(f"{row.name}: area under accuracy over FLOPs above every fixed k", said, met))
     return found
