@@ -271,8 +271,13 @@ def make_loader(
         world_size=world_size,
         rank=rank,
     )
-    settings: dict[str, Any] = {"batch_size": None, "sampler": sampler, "num_workers": num_workers, "collate_fn": _as_is}
-    settings["persistent_workers"] = num_workers > 0
+    settings: dict[str, Any] = {
+        "batch_size": None,
+        "sampler": sampler,
+        "num_workers": num_workers,
+        "collate_fn": _as_is,
+        "persistent_workers": num_workers > 0,
+    }
     if device is not None and device.type == "cuda" and num_workers > 0 and rows.reads_features:
         return CopyAheadLoader(rows, device=device, **settings)
     return DataLoader(rows, **settings)

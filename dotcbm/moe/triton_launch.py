@@ -62,7 +62,7 @@ class Tiles(NamedTuple):
     max_registers: int | None = None
     """Per thread; 128 let two programs of 8 warps share a multiprocessor."""
     fused: bool = True
-    """Whether "up" and "hidden" finish what they multiply; if not, a pass of its own does, which no product waits for."""
+    """Whether "up" and "hidden" finish what they multiply, or a pass of its own does; `tiles_of` takes none, `--tune` tries it."""
 
 
 def tiles_of(product: Product, dtype: torch.dtype, *, inner: int, columns: int) -> Tiles:
