@@ -11,6 +11,9 @@ import torch
 # Read when Triton is imported, by whichever test is first: without a GPU its kernels run in Python, on NumPy arrays.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Read when POT is: it would start every array library that it finds, and JAX takes three quarters of a GPU's memory.
+for name in ("JAX", "TENSORFLOW", "CUPY"):
+    os.environ.setdefault(f"POT_BACKEND_DISABLE_{name}", "1")
 
 SHARED = Path(os.environ.get("DOTCBM_SHARED", Path(__file__).parents[2] / "shared"))
 

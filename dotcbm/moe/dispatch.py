@@ -55,7 +55,8 @@ def collect(y_RD: Tensor, gate_TK: Tensor, order: Order) -> Tensor:
     """(T, D) the sum over each token's experts of gate times row, in the type of the rows."""
     y_RD = _Permute.apply(y_RD, order.inverse_R, order.order_R)
     gated_TKD = y_RD.view(*gate_TK.shape, y_RD.shape[1]) * gate_TK.to(y_RD.dtype)[..., None]
-    return gated_TKD.squeeze(1) if order.k == 1 else gated_TKD.sum(1)
+    # On CUDA autocast makes sums in float32.
+    return gated_TKD.squeeze(1) if order.k == 1 else gated_TKD.sum(1).to(y_RD.dtype)
 
 
 def add_bias(y_RH: Tensor, bias_EH: Tensor, order: Order) -> Tensor:

@@ -193,7 +193,7 @@ def _dense(x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor, weights: _Weights) -
     E, D, _ = weights.up_EDH.shape
     gate_TE = gate_TK.new_zeros(x_TD.shape[0], E).scatter(1, index_TK, gate_TK).to(x_TD.dtype)
     y_ETD = _all(x_TD.expand(E, x_TD.shape[0], D), weights)
-    return (y_ETD * gate_TE.T[..., None]).sum(0)
+    return (y_ETD * gate_TE.T[..., None]).sum(0).to(y_ETD.dtype)
 
 
 def _all(x_ECD: Tensor, weights: _Weights) -> Tensor:
