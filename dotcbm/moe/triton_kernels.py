@@ -14,8 +14,6 @@ to scale an operand on its way from memory to the tensor cores (ScatterMoE, arXi
 That d(gate) comes out of dh and GELU(z), and needs no output of the experts, is SonicMoE's (arXiv 2512.14080). Ours: GELU(z) is kept
 beside z, since here it needs no recomputation and costs a dense MLP in PyTorch the same memory.
 
-Where the two activations are passes of their own, the products are `out` alone, with rows read through the order.
-
 A program takes up to BM rows of one expert, which it finds in a map (see `triton_sorting`), by BN columns; programs next to each other
 take the same rows, so that these are read from memory once. Sums are in float32, and nothing is added atomically: results are the same
 in every run. Rows beyond the end of a tile repeat its last one where they are read, and are not written.
@@ -33,8 +31,6 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "activate_kernel",
-    "activation_gradient_kernel",
     "add_chunks_kernel",
     "add_slots_kernel",
     "add_tiles_kernel",
@@ -72,6 +68,40 @@ def _reciprocal(x):
     else:
         y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     return y
+
+
+@triton.jit
+def _load_now(pointer):
+    """Integers, by an instruction that the compiler does not take for one of the copies that it makes steps ahead.
+
+    It would wait for this one in the order of all, and so for those that were to be under way meanwhile.
+    """
+    if _INTERPRETED:
+        x = tl.load(pointer)
+    else:
+        address = pointer.to(tl.int64, bitcast=True)
+        x = tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=r,l", [address], dtype=tl.int32, is_pure=True, pack=1)
+    return x
+
+
+@triton.jit
+def _prefetch(ptr, row_M, H, n0, BN: tl.constexpr):
+    """Have columns n0 to n0 + BN of rows of length H brought from memory to the cache while a product is made."""
+    if not _INTERPRETED:
+        LINE: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
+        column = tl.minimum(n0 + tl.arange(0, (BN + LINE - 1) // LINE) * LINE, H - 1)
+        address = (ptr + row_M[:, None].to(tl.int64) * H + column[None, :]).to(tl.int64, bitcast=True)
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _sum_rows(x, dtype: tl.constexpr, BM: tl.constexpr):
+    """Columns' sums of x rounded to `dtype`: by the tensor cores where these know it, as the threads that share a column are many."""
+    if dtype == tl.float32 or _INTERPRETED:
+        total = tl.sum(x.to(dtype).to(tl.float32), 0)
+    else:
+        total = tl.max(tl.dot(tl.full((16, BM), 1.0, dtype), x.to(dtype)), 0)  # of sixteen that are equal
+    return total
 
 
 @triton.jit
@@ -227,10 +257,8 @@ def out_kernel(
     out_ptr,
     K,
     N,
-    SLOTS,
     HAS_BIAS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    GATHER: tl.constexpr,
     SCATTER: tl.constexpr,
     A_DESC: tl.constexpr,
     B_DESC: tl.constexpr,
@@ -241,26 +269,21 @@ def out_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Rows times their expert's weight, or its transpose, plus bias.
-
-    Rows are those of tokens with GATHER, else in the order of experts; they are written to the token's with SCATTER, else in that order.
-    The bias is multiplied with the gate without GATHER.
-    """
+    """Rows times their expert's weight, or its transpose, plus gate times bias; written to the token's row with SCATTER, else as they come."""
     _, expert, begin, end, n = _tile(tile_ptr, N, BN)
     if expert < 0:
         return
     row = begin + tl.arange(0, BM)
     rows = tl.minimum(row, end - 1)
-    if GATHER or SCATTER or HAS_BIAS:
+    if SCATTER or HAS_BIAS:
         assignment = tl.load(order_ptr + rows)
-    source = assignment // SLOTS if GATHER else rows
     b_row = expert * N if TRANSPOSED else expert * K
-    acc = _multiply(a, weight, source, begin, b_row, n * BN, K, N, A_DESC, B_DESC, TRANSPOSED, EVEN_K, EVEN_N, WIDEN, BM, BN, BK)
+    acc = _multiply(a, weight, rows, begin, b_row, n * BN, K, N, A_DESC, B_DESC, TRANSPOSED, EVEN_K, EVEN_N, WIDEN, BM, BN, BK)
     offs_n = n * BN + tl.arange(0, BN)
     to = assignment if SCATTER else rows
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert.to(tl.int64) * N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-        acc += bias[None, :] if GATHER else tl.load(gate_ptr + assignment)[:, None] * bias[None, :]
+        acc += tl.load(gate_ptr + assignment)[:, None] * bias[None, :]
     tl.store(out_ptr + to[:, None].to(tl.int64) * N + offs_n[None, :], acc, mask=(row < end)[:, None] & (offs_n < N)[None, :])
 
 
@@ -294,6 +317,7 @@ def hidden_gradient_kernel(
     if expert < 0:
         return
     row = begin + tl.arange(0, BM)
+    _prefetch(z_ptr, tl.minimum(row, end - 1), H, n * BN, BN)
     assignment = tl.load(order_ptr + tl.minimum(row, end - 1))
     acc = _multiply(dy, down, assignment // SLOTS, 0, expert * H, n * BN, D, H, False, B_DESC, True, EVEN_K, EVEN_N, WIDEN, BM, BN, BK)
     gate = tl.load(gate_ptr + assignment)
@@ -311,43 +335,9 @@ def hidden_gradient_kernel(
         dz = parts[j] * gate[:, None] * (below + z * (_INVERSE_SQRT_2PI * exponential))
         tl.store(dz_ptr + at, dz, mask=ok)
         if HAS_BIAS:
-            tl.store(sum_ptr + tile.to(tl.int64) * H + offs_n, tl.sum(tl.where(ok, dz, 0.0), 0), mask=offs_n < H)
+            total = _sum_rows(tl.where(ok, dz, 0.0), dz_ptr.dtype.element_ty, BM)
+            tl.store(sum_ptr + tile.to(tl.int64) * H + offs_n, total, mask=offs_n < H)
     tl.store(dgate_ptr + n.to(tl.int64) * R + assignment, dgate, mask=row < end)
-
-
-@triton.jit
-def activate_kernel(z_ptr, gate_ptr, order_ptr, gated_ptr, R, H, BM: tl.constexpr, BN: tl.constexpr):
-    """g GELU(z)."""
-    row, offs_n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
-    ok = (row < R)[:, None] & (offs_n < H)[None, :]
-    at = row[:, None].to(tl.int64) * H + offs_n[None, :]
-    gate = tl.load(gate_ptr + tl.load(order_ptr + row, mask=row < R, other=0))
-    z = tl.load(z_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    below, _ = _normal(z)
-    tl.store(gated_ptr + at, z * below * gate[:, None], mask=ok)
-
-
-@triton.jit
-def activation_gradient_kernel(
-    dh_ptr, z_ptr, gate_ptr, order_ptr, tile_ptr, dgate_ptr, sum_ptr, H, R, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
-):
-    """dz in the place of dh; what these columns contribute to d(gate), at dgate[n, assignment]; and dz summed over the tile's rows."""
-    tile, expert, begin, end, n = _tile(tile_ptr, H, BN)
-    if expert < 0:
-        return
-    row, offs_n = begin + tl.arange(0, BM), n * BN + tl.arange(0, BN)
-    assignment = tl.load(order_ptr + tl.minimum(row, end - 1))
-    gate = tl.load(gate_ptr + assignment)
-    ok = (row < end)[:, None] & (offs_n < H)[None, :]
-    at = row[:, None].to(tl.int64) * H + offs_n[None, :]
-    dh = tl.load(dh_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    z = tl.load(z_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    below, exponential = _normal(z)
-    dz = dh * gate[:, None] * (below + z * (_INVERSE_SQRT_2PI * exponential))
-    tl.store(dh_ptr + at, dz, mask=ok)
-    tl.store(dgate_ptr + n.to(tl.int64) * R + assignment, tl.sum(dh * (z * below), 1), mask=row < end)
-    if HAS_BIAS:
-        tl.store(sum_ptr + tile.to(tl.int64) * H + offs_n, tl.sum(dz, 0), mask=offs_n < H)
 
 
 @triton.jit

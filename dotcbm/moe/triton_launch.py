@@ -26,8 +26,6 @@ _UP: Any = kernels.up_kernel  # called as kernel[grid](...), which no checker un
 _OUT: Any = kernels.out_kernel
 _HIDDEN: Any = kernels.hidden_gradient_kernel
 _WEIGHT: Any = kernels.weight_gradient_kernel
-_ACTIVATE: Any = kernels.activate_kernel
-_ACTIVATION_GRADIENT: Any = kernels.activation_gradient_kernel
 _ADD_CHUNKS: Any = kernels.add_chunks_kernel
 _ADD_TILES: Any = kernels.add_tiles_kernel
 _ADD_SLOTS: Any = kernels.add_slots_kernel
@@ -37,8 +35,6 @@ _H100_SMS = 132
 _ROUNDS = 4
 # What programs of the additions take at a time.
 _SUM_TILES, _SUM_COLUMNS, _SUMMED_TOKENS, _ADDED = 16, 128, 32, 1024
-# And passes of activations: numbers, by 256 threads.
-_PASS_NUMBERS, _PASS_WARPS = 8192, 8
 # Sums up to this length are short (see `tiles_of`).
 _FEW_STEPS = 512
 _ALIGNMENT = 16  # bytes, of a descriptor's rows
@@ -61,8 +57,6 @@ class Tiles(NamedTuple):
     """Pieces of the columns, 1, 2, 4 or 8, that "up" and "hidden" finish one after another; more need fewer registers."""
     max_registers: int | None = None
     """Per thread; 128 let two programs of 8 warps share a multiprocessor."""
-    fused: bool = True
-    """Whether "up" and "hidden" finish what they multiply, or a pass of its own does; `tiles_of` takes none, `--tune` tries it."""
 
 
 def tiles_of(product: Product, dtype: torch.dtype, *, inner: int, columns: int) -> Tiles:
@@ -79,10 +73,9 @@ def tiles_of(product: Product, dtype: torch.dtype, *, inner: int, columns: int) 
     """
     if dtype == torch.float32:  # no tensor cores in full precision
         return Tiles(64, 64, 32, 4, 2, descriptors=False, parts=1)
-    parts = 8 if product == "hidden" else 4  # as few as need no registers from memory
-    if inner <= _FEW_STEPS or columns % 256:
-        return Tiles(128, 128, 64, 8, 3, descriptors=True, parts=parts, max_registers=128)
-    return Tiles(128, 256, 64, 8, 3, descriptors=True, parts=parts)
+    if product in ("down", "token") and inner > _FEW_STEPS and columns % 256 == 0:
+        return Tiles(128, 256, 64, 8, 4, descriptors=True)
+    return Tiles(128, 128, 64, 8, 3, descriptors=True, max_registers=128)
 
 
 @dataclass
@@ -111,13 +104,6 @@ def up(
     """(R, H) z, empty without `keep`, and (R, H) g GELU(z)."""
     _, D, H = up_EDH.shape
     tiles = tiles or tiles_of("up", x_TD.dtype, inner=D, columns=H)
-    if keep and not tiles.fused:
-        z_RH = _product(x_TD, up_EDH, bias_EH, gate_TK, rows, tiles, gather=True)
-        grid = (triton.cdiv(rows.num_rows, tiles.rows), triton.cdiv(H, _PASS_NUMBERS // tiles.rows))
-        sizes = {"BM": tiles.rows, "BN": _PASS_NUMBERS // tiles.rows, "num_warps": _PASS_WARPS}
-        gated_RH = torch.empty_like(z_RH)
-        _ACTIVATE[grid](z_RH, gate_TK, rows.sorted.order_R, gated_RH, *z_RH.shape, **sizes)
-        return z_RH, gated_RH
     gated_RH = x_TD.new_empty(rows.num_rows, H)
     z_RH = x_TD.new_empty(gated_RH.shape if keep else (0,))
     tile_L4 = rows.tiles(tiles.rows).tile_L4
@@ -155,57 +141,32 @@ def out(
 ) -> Tensor:
     """(T, D) the sum over a token's experts of rows times `weight` (E, H, D), or for "token" the transpose of `weight` (E, D, H)."""
     transposed = product == "token"
-    inner, columns = _sizes(weight, transposed=transposed)
+    _, *sizes = weight.shape
+    inner, columns = sizes[::-1] if transposed else sizes
     tiles = tiles or tiles_of(product, a_RX.dtype, inner=inner, columns=columns)
-    result = _product(a_RX, weight, bias, gate_TK, rows, tiles, transposed=transposed, scatter=rows.k == 1)
-    return result if rows.k == 1 else add_slots(result, rows)
-
-
-def _product(
-    a: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gate_TK: Tensor,
-    rows: Rows,
-    tiles: Tiles,
-    *,
-    transposed: bool = False,
-    gather: bool = False,
-    scatter: bool = False,
-) -> Tensor:
-    """(R, columns) see `kernels.out_kernel`."""
-    inner, columns = _sizes(weight, transposed=transposed)
-    result = a.new_empty(rows.num_rows, columns)
+    row_RN = a_RX.new_empty(rows.num_rows, columns)
     tile_L4 = rows.tiles(tiles.rows).tile_L4
-    described_a, a_described = (a, False) if gather else _described(a, (tiles.rows, tiles.inner), tiles, inner=inner)
+    a, a_described = _described(a_RX, (tiles.rows, tiles.inner), tiles, inner=inner)
     block = (tiles.columns, tiles.inner) if transposed else (tiles.inner, tiles.columns)
     b, b_described = _described(weight, block, tiles, inner=inner)
     _OUT[_grid(tile_L4, columns, tiles)](
-        described_a,
+        a,
         b,
         bias,
         gate_TK,
         rows.sorted.order_R,
         tile_L4,
-        result,
+        row_RN,
         inner,
         columns,
-        rows.k,
         HAS_BIAS=bias is not None,
         TRANSPOSED=transposed,
-        GATHER=gather,
-        SCATTER=scatter,
+        SCATTER=rows.k == 1,
         A_DESC=a_described,
         B_DESC=b_described,
-        **_compiled(a, tiles, inner, columns),
+        **_compiled(a_RX, tiles, inner, columns),
     )
-    return result
-
-
-def _sizes(weight: Tensor, *, transposed: bool) -> tuple[int, int]:
-    """Length of the sums and number of columns of a product with `weight` (E, inner, columns), or transposed (E, columns, inner)."""
-    _, first, second = weight.shape
-    return (second, first) if transposed else (first, second)
+    return row_RN if rows.k == 1 else add_slots(row_RN, rows)
 
 
 def add_slots(row_RD: Tensor, rows: Rows) -> Tensor:
@@ -230,48 +191,10 @@ def hidden(
     """(R, H) dz, and (T, K) float32 d(gate) without the down bias's part; the gradient of the up bias is written to `d_bias_EH`."""
     E, H, D = down_EHD.shape
     tiles = tiles or tiles_of("hidden", dy_TD.dtype, inner=D, columns=H)
-    wide = tiles.columns if tiles.fused else _PASS_NUMBERS // tiles.rows
-    dgate_NR = gate_TK.new_empty(triton.cdiv(H, wide), rows.num_rows)
     tile_L4, span_E3 = rows.tiles(tiles.rows)
+    dz_RH = torch.empty_like(z_RH)
+    dgate_NR = gate_TK.new_empty(triton.cdiv(H, tiles.columns), rows.num_rows)
     sum_LH = gate_TK.new_empty((len(tile_L4), H) if d_bias_EH is not None else (0,))
-    if tiles.fused:
-        dz_RH = torch.empty_like(z_RH)
-        _hidden_fused(dy_TD, down_EHD, z_RH, gate_TK, rows, tiles, (dz_RH, dgate_NR, sum_LH), has_bias=d_bias_EH is not None)
-    else:
-        dz_RH = _product(dy_TD, down_EHD, None, gate_TK, rows, tiles, transposed=True, gather=True)
-        _ACTIVATION_GRADIENT[(len(tile_L4) * triton.cdiv(H, wide),)](
-            dz_RH,
-            z_RH,
-            gate_TK,
-            rows.sorted.order_R,
-            tile_L4,
-            dgate_NR,
-            sum_LH,
-            H,
-            rows.num_rows,
-            HAS_BIAS=d_bias_EH is not None,
-            BM=tiles.rows,
-            BN=wide,
-            num_warps=_PASS_WARPS,
-        )
-    if d_bias_EH is not None:
-        _ADD_TILES[(triton.cdiv(H, _SUM_COLUMNS), E)](sum_LH, span_E3, d_bias_EH, H, L=_SUM_TILES, B=_SUM_COLUMNS)
-    return dz_RH, dgate_NR.sum(0).view_as(gate_TK)
-
-
-def _hidden_fused(
-    dy_TD: Tensor,
-    down_EHD: Tensor,
-    z_RH: Tensor,
-    gate_TK: Tensor,
-    rows: Rows,
-    tiles: Tiles,
-    results: tuple[Tensor, Tensor, Tensor],
-    *,
-    has_bias: bool,
-) -> None:
-    _, H, D = down_EHD.shape
-    tile_L4 = rows.tiles(tiles.rows).tile_L4
     weight, described = _described(down_EHD, (tiles.columns, tiles.inner), tiles, inner=D)
     _HIDDEN[_grid(tile_L4, H, tiles)](
         dy_TD,
@@ -280,16 +203,21 @@ def _hidden_fused(
         gate_TK,
         rows.sorted.order_R,
         tile_L4,
-        *results,
+        dz_RH,
+        dgate_NR,
+        sum_LH,
         D,
         H,
         rows.num_rows,
         rows.k,
-        HAS_BIAS=has_bias,
+        HAS_BIAS=d_bias_EH is not None,
         B_DESC=described,
         PARTS=tiles.parts,
         **_compiled(dy_TD, tiles, D, H),
     )
+    if d_bias_EH is not None:
+        _ADD_TILES[(triton.cdiv(H, _SUM_COLUMNS), E)](sum_LH, span_E3, d_bias_EH, H, L=_SUM_TILES, B=_SUM_COLUMNS)
+    return dz_RH, dgate_NR.sum(0).view_as(gate_TK)
 
 
 def weight(

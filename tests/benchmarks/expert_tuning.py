@@ -28,29 +28,23 @@ _HEAD_START_CYCLES = 5_000_000  # some 3 ms, in which the host launches what is 
 _ROUNDS = 7
 
 CANDIDATES: dict[str, Tiles] = {
-    "128x256 8w 3s": Tiles(128, 256, 64, 8, 3, True, 4),
+    "128x256 8w 3s": Tiles(128, 256, 64, 8, 3, True),
     "128x256 8w 3s, 8 parts": Tiles(128, 256, 64, 8, 3, True, 8),
-    "128x256 8w 3s, separate": Tiles(128, 256, 64, 8, 3, True, 4, fused=False),
-    "128x256 8w 4s": Tiles(128, 256, 64, 8, 4, True, 4),
-    "256x128 8w 3s": Tiles(256, 128, 64, 8, 3, True, 4),
-    "256x128 8w 3s, separate": Tiles(256, 128, 64, 8, 3, True, 4, fused=False),
+    "128x256 8w 4s": Tiles(128, 256, 64, 8, 4, True),
+    "256x128 8w 3s": Tiles(256, 128, 64, 8, 3, True),
+    "256x128 8w 4s": Tiles(256, 128, 64, 8, 4, True),
     "128x128 8w 3s 128r": Tiles(128, 128, 64, 8, 3, True, 4, 128),
     "128x128 8w 3s 128r, 8 parts": Tiles(128, 128, 64, 8, 3, True, 8, 128),
-    "128x128 8w 3s 128r, separate": Tiles(128, 128, 64, 8, 3, True, 4, 128, fused=False),
     "128x128 8w 4s 128r": Tiles(128, 128, 64, 8, 4, True, 4, 128),
-    "128x128 4w 3s": Tiles(128, 128, 64, 4, 3, True, 4),
-    "128x128 4w 3s, 8 parts": Tiles(128, 128, 64, 4, 3, True, 8),
-    "128x128 4w 3s, separate": Tiles(128, 128, 64, 4, 3, True, 4, fused=False),
-    "128x128 4w 4s": Tiles(128, 128, 64, 4, 4, True, 4),
+    "128x128 4w 3s": Tiles(128, 128, 64, 4, 3, True),
+    "64x128 4w 3s 128r": Tiles(64, 128, 64, 4, 3, True, 4, 128),
     "64x128 4w 4s 128r": Tiles(64, 128, 64, 4, 4, True, 4, 128),
-    "64x256 4w 3s": Tiles(64, 256, 64, 4, 3, True, 8),
-    "128x256 8w 3s, pointers": Tiles(128, 256, 64, 8, 3, False, 4),
+    "128x256 8w 3s, pointers": Tiles(128, 256, 64, 8, 3, False),
 }
-# What only these two have: parts, and passes of their own.
+# What only these two have: parts.
 _ACTIVATED: tuple[Product, ...] = ("up", "hidden")
 SMALL_CANDIDATES = {
     "32x32": Tiles(32, 32, 16, 4, 2, True, 1),
-    "32x32, separate": Tiles(32, 32, 16, 4, 2, True, 1, fused=False),
     "32x32, pointers": Tiles(32, 32, 16, 4, 2, False, 1),
 }
 
@@ -130,7 +124,7 @@ def sweep(problem: Problem, candidates: dict[str, Tiles], *, device: torch.devic
     for names in (list(candidates), list(candidates)[::-1]):
         for product in PRODUCTS:
             for name in names:
-                if product not in _ACTIVATED and ("parts" in name or "separate" in name):
+                if product not in _ACTIVATED and "parts" in name:
                     continue
                 try:
                     time = _median(lambda index: steps.run(product, index, candidates[name]), device)  # noqa: B023 (called at once)

@@ -27,8 +27,7 @@ def test_every_table_comes_out(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert {row["name"] for row in raw["speed"]} == {"dense FFN", "triton", "grouped", "padded", "loop"}
     for row in raw["tiles"]:
         assert not row["error"]
-        for product, milliseconds in row["milliseconds"].items():  # only activations can be passes of their own
-            assert milliseconds is None if "separate" in row["name"] and product not in ("up", "hidden") else milliseconds > 0
+        assert min(row["milliseconds"].values()) > 0
 
 
 def test_a_cpu_has_nothing_to_time(monkeypatch: pytest.MonkeyPatch):

@@ -24,12 +24,11 @@ from dotcbm.moe.triton_sorting import sort_by_expert, tile_map
 SMALL = Tiles(64, 32, 32, 4, 2, descriptors=True, parts=2)
 
 
-@pytest.fixture(params=["descriptors", "pointers", "separate", "chosen"])
+@pytest.fixture(params=["descriptors", "pointers", "chosen"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Tiles of which tiny problems have several, with what is dense read in both ways, activations within products and in passes of their
-    own; and those that are chosen for real."""
+    """Tiles of which tiny problems have several, with what is dense read in both ways; and those that are chosen for real."""
     if request.param != "chosen":
-        small = SMALL._replace(descriptors=request.param != "pointers", fused=request.param != "separate")
+        small = SMALL._replace(descriptors=request.param != "pointers")
         monkeypatch.setattr(triton_launch, "tiles_of", lambda *_, **__: small)
         monkeypatch.setattr(triton_launch, "chunk_size", lambda *_: 48)
     return request.param
