@@ -55,6 +55,11 @@ class Routing:
     """(T,) bool, the tokens that balance terms and statistics count; None for all of them."""
 
 
+# FSDP2 gathers a module's weights for the backward when a gradient reaches a tensor that it returned. PyTorch 2.11 finds such tensors in
+# pytrees only (2.14 in any dataclass), and without this a sharded router's weight would still be freed in its backward.
+torch.export.register_dataclass(Routing)
+
+
 class Router(nn.Module):
     """A linear map to E logits, top-k, and gates; see the head of this file."""
 
