@@ -1,6 +1,6 @@
 """A model whose encoder lies in shares on several processes, under Lightning's ModelParallelStrategy.
 
-    encoder     expert layers by expert, all other weights by FSDP2 (`dotcbm.moe.parallel`)
+    encoder     expert layers by expert, all other weights by FSDP2 (`dotcbm.moe.parallel`); or all weights by FSDP2
     bottleneck  whole on every process, with gradients averaged as DDP does
 
 Checkpoints and saved models hold whole weights: they are the same whatever they were trained on.
@@ -26,24 +26,25 @@ from dotcbm.moe.parallel import parallelize_experts, shard
 __all__ = ["copy_whole", "distribute", "forget_made_up_moments", "is_sharded", "whole", "whole_model"]
 
 
-def distribute(model: ConceptModel, trainer: pl.Trainer, mesh: DeviceMesh) -> None:
+def distribute(model: ConceptModel, trainer: pl.Trainer, mesh: DeviceMesh, *, expert_parallel: bool = True) -> None:
     """Divide the model among the processes, in place; without effect where that is done.
 
     Args:
         model: With weights that are the same on every process.
         trainer: With a `ModelParallelStrategy`.
         mesh: The strategy's.
+        expert_parallel: Give each process whole experts, to which tokens travel; else a share of every weight, and no token travels.
 
     Raises:
-        ValueError: An encoder without experts or a frozen one, experts that the processes do not divide, or settings of the strategy that
-            do not go with it.
+        ValueError: An encoder without experts or a frozen one, experts that the processes do not divide (with `expert_parallel`), or
+            settings of the strategy that do not go with it.
     """
     if is_sharded(model):
         return
     strategy, encoder = cast(ModelParallelStrategy, trainer.strategy), model.encoder
     if not encoder.has_experts or not encoder.trainable:
         raise ValueError(
-            f"ModelParallelStrategy divides the experts of a trainable vit_moe/<size>, and the encoder is {encoder.name}, "
+            f"ModelParallelStrategy divides a trainable vit_moe/<size>, and the encoder is {encoder.name}, "
             f"{'trainable' if encoder.trainable else 'frozen'}; set trainer.strategy to ddp"
         )
     ranks = mesh["data_parallel"]
@@ -53,7 +54,8 @@ def distribute(model: ConceptModel, trainer: pl.Trainer, mesh: DeviceMesh) -> No
             "save_distributed_checkpoint: false; every process has its own pictures, and checkpoints hold whole weights"
         )
     encoder.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
-    parallelize_experts(encoder, ranks)
+    if expert_parallel:
+        parallelize_experts(encoder, ranks)
     blocks = cast(nn.ModuleList, cast(Any, encoder.tower).model.blocks)
     shard(encoder, ranks, blocks=list(blocks))
     kind = type(model.bottleneck)

@@ -88,6 +88,7 @@ class ConceptTask(LightningModule):
         monitor: str | None = None,
         ema_decay: float | None = None,
         experts: ExpertTraining | None = None,
+        expert_parallel: bool = True,
         seed: int = 0,
     ) -> None:
         """Args:
@@ -110,6 +111,8 @@ class ConceptTask(LightningModule):
         monitor: Validation figure whose best epoch is kept: "val/accuracy" jointly, else "val/concept_auroc".
         ema_decay: Validate and keep a moving mean of the weights; None for the weights themselves.
         experts: How the experts of a trainable ViT-MoE are trained; None for without balance and with as many active as it has.
+        expert_parallel: What Lightning's ModelParallelStrategy gives each process of a trainable ViT-MoE: whole experts, to which tokens
+            travel, and a share of each other weight; or, if false, a share of every weight, whatever the number of experts.
         seed: Of initial weights and dropout.
 
         Raises:
@@ -137,6 +140,7 @@ class ConceptTask(LightningModule):
         self.encoder_lr = encoder_lr
         self.loss_weights = {"concept": concept_weight, "vop": vop_weight, "top": top_weight, "class": class_weight}
         self.experts = ExpertWork(experts, encoder)
+        self.expert_parallel = expert_parallel
         self.loss_weights |= self.experts.loss_weights
         self.concept_weighting: Weighting = concept_weighting
         self.class_weighting: Weighting = class_weighting
@@ -209,7 +213,7 @@ class ConceptTask(LightningModule):
     def configure_model(self) -> None:
         """Lightning's hook: divide the model among the processes, under its ModelParallelStrategy."""
         if self.device_mesh is not None:
-            distribute(self.model, self.trainer, self.device_mesh)
+            distribute(self.model, self.trainer, self.device_mesh, expert_parallel=self.expert_parallel)
 
     def configure_callbacks(self) -> list[Any]:
         """Keep the best weights and, at the end, fit the head; count operations where throughput is watched."""

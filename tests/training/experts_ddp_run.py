@@ -19,6 +19,8 @@ from dotcbm.cli import main
 from dotcbm.data.datamodule import ConceptDataModule
 from dotcbm.encoders.image import ImageEncoder
 from dotcbm.models.published_dot_cbm import PublishedDotCBM
+from dotcbm.moe.experts import Experts
+from dotcbm.moe.layer import moe_layers
 from dotcbm.moe.matryoshka import BudgetDraws
 from dotcbm.structures import Problem
 from dotcbm.training.checkpoints import Checkpoints
@@ -38,7 +40,16 @@ def bottleneck(problem: Problem) -> PublishedDotCBM:
     return PublishedDotCBM(problem, dim=16, dropout=0.0, iterations=20)
 
 
-def train(folder: Path, experts: ExpertTraining, *, devices: int, epochs: int = 2, resume: bool = False, **trainer: Any) -> ConceptTask:
+def train(
+    folder: Path,
+    experts: ExpertTraining,
+    *,
+    devices: int,
+    epochs: int = 2,
+    resume: bool = False,
+    expert_parallel: bool = True,
+    **trainer: Any,
+) -> ConceptTask:
     """Train with 16 pictures a step in two micro-batches; `last.ckpt`, `model.ckpt` and the figures (figures.pt) are in the folder."""
     torch.manual_seed(0)
     moe = {"num_experts": 4, "k": 2, "arguments": {"embed_dim": 32}}
@@ -50,7 +61,7 @@ def train(folder: Path, experts: ExpertTraining, *, devices: int, epochs: int = 
         val_fraction=0.2,
         views=["plain", "flip"],
     )
-    task = ConceptTask(encoder, bottleneck, lr=1e-3, regime="joint", experts=experts, ema_decay=0.5)
+    task = ConceptTask(encoder, bottleneck, lr=1e-3, regime="joint", experts=experts, expert_parallel=expert_parallel, ema_decay=0.5)
     trainer_ = pl.Trainer(
         **{
             "max_epochs": epochs,
@@ -96,6 +107,11 @@ if __name__ == "__main__":
     train(shared / "stopped", RUNS["global"], devices=2, strategy=sharded(), epochs=1)
     train(shared / "stopped", RUNS["global"], devices=2, strategy=sharded(), resume=True)
     assert is_sharded(train(shared / "bias", RUNS["bias"], devices=2, strategy=sharded()).model)
+    weights = train(shared / "weights", RUNS["global"], devices=2, strategy=sharded(), expert_parallel=False).encoder
+    assert is_sharded(weights)
+    assert all(type(layer.experts) is Experts for layer in moe_layers(weights).values())
     (home / "strategy.yaml").write_text(STRATEGY, encoding="utf-8")
     moe = Path(__file__).parents[1] / "conf" / "moe.yaml"
-    sys.exit(main(["fit", "--config", str(moe), "--config", str(home / "strategy.yaml"), "--run_dir", str(home / "cli")]))
+    command = ["fit", "--config", str(moe), "--config", str(home / "strategy.yaml")]
+    uneven = ["--model.expert_parallel", "false", "--model.encoder.moe.num_experts", "3"]
+    sys.exit(main([*command, "--run_dir", str(home / "cli")]) or main([*command, *uneven, "--run_dir", str(home / "uneven")]))

@@ -67,7 +67,8 @@ def test_two_processes_balance_what_one_balances(both):
 
 def test_two_processes_that_share_the_encoder_train_what_one_trains(both):
     one, two = both[0], both[1] / "shared"
-    assert_close(weights(one / "global"), weights(two / "through"))
+    for name in ("through", "weights"):  # with whole experts, and with shares of all weights
+        assert_close(weights(one / "global"), weights(two / name))
     assert_close(weights(one / "bias"), weights(two / "bias"))
     records = [torch.load(folder / "model.ckpt", weights_only=True)["dotcbm"] for folder in (one / "global", two / "through")]
     assert records[0] == records[1]
@@ -79,8 +80,9 @@ def test_a_shared_run_that_was_stopped_goes_on_to_the_same_bits(both):
         assert all(torch.equal(value, stopped[key]) for key, value in through.items())
 
 
-def test_a_shared_run_of_the_command_line_leaves_a_model_of_whole_weights(both):
-    model, checkpoint = from_pretrained(both[1] / "cli" / "model"), weights(both[1] / "cli" / "checkpoints")
+@pytest.mark.parametrize("run", ["cli", "uneven"])
+def test_a_shared_run_of_the_command_line_leaves_a_model_of_whole_weights(both, run):
+    model, checkpoint = from_pretrained(both[1] / run / "model"), weights(both[1] / run / "checkpoints")
     assert all(torch.equal(value, checkpoint[f"model.{key}"]) for key, value in model.state_dict().items())
 
 
