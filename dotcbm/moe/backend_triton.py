@@ -103,18 +103,15 @@ def _backward(
     dy_TD = dy_TD.contiguous()
     rows = launch.Rows(Sorted(order_R, inverse_R, end_E), index_TK.shape[1])
     sums = d_up_bias_EH if has_up_bias and of_weights else None
-    dz_RH, dgate_TK = launch.hidden(dy_TD, down_EHD, z_RH, gate_TK, rows, d_bias_EH=sums)
+    dz_RH, dgate_NR = launch.hidden(dy_TD, down_EHD, z_RH, gate_TK, rows, d_bias_EH=sums, has_down_bias=down_bias_ED is not None)
     if of_weights:
         launch.weight("down_weight", gated_RH, dy_TD, rows, d_down_EHD)
         launch.weight("up_weight", x_TD, dz_RH, rows, d_up_EDH)
     if of_tokens:
         dx_TD = launch.out("token", dz_RH, up_EDH, None, gate_TK, rows)
     if down_bias_ED is not None:
-        # Products over tokens, not rows: a K-th of what a pass over rows reads.
-        dgate_TK = dgate_TK + (dy_TD @ down_bias_ED.T).gather(1, index_TK)
-        if of_weights:
-            gate_TE = dy_TD.new_zeros(len(dy_TD), len(up_EDH)).scatter_(1, index_TK, gate_TK.to(dy_TD.dtype))
-            torch.mm(gate_TE.T, dy_TD, out=d_down_bias_ED)
+        launch.down_bias(dy_TD, down_bias_ED, gate_TK, rows, dgate_NR[-1], d_down_bias_ED if of_weights else None)
+    dgate_TK = dgate_NR.sum(0).view_as(gate_TK)
     return dx_TD, dgate_TK, d_up_EDH, d_up_bias_EH, d_down_EHD, d_down_bias_ED
 
 

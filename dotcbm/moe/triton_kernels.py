@@ -7,6 +7,7 @@ the gradient of that token's output,
     down    y = gated down + g bias                           written to the token's row where K = 1
     hidden  dh = dy down^T;  dz = g dh GELU'(z);  dg = sum dh GELU(z);  sums of dz over a tile's rows      dy read through the order
     token   dx = dz up^T                                      as `down`
+    bias    dg += dy bias;  sums of g dy over a tile's rows   dy read through the order, no product
     weight  d(up) = x^T dz;  d(down) = gated^T dy             over the rows of a chunk of one expert; x, dy read through the order
 
 The gate enters with GELU and not with the output: then the gradient of `down` is a plain product of what is in memory, and no product has
@@ -34,6 +35,7 @@ __all__ = [
     "add_chunks_kernel",
     "add_slots_kernel",
     "add_tiles_kernel",
+    "bias_gradient_kernel",
     "hidden_gradient_kernel",
     "out_kernel",
     "up_kernel",
@@ -68,20 +70,6 @@ def _reciprocal(x):
     else:
         y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     return y
-
-
-@triton.jit
-def _load_now(pointer):
-    """Integers, by an instruction that the compiler does not take for one of the copies that it makes steps ahead.
-
-    It would wait for this one in the order of all, and so for those that were to be under way meanwhile.
-    """
-    if _INTERPRETED:
-        x = tl.load(pointer)
-    else:
-        address = pointer.to(tl.int64, bitcast=True)
-        x = tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=r,l", [address], dtype=tl.int32, is_pure=True, pack=1)
-    return x
 
 
 @triton.jit
@@ -269,7 +257,7 @@ def out_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Rows times their expert's weight, or its transpose, plus gate times bias; written to the token's row with SCATTER, else as they come."""
+    """Rows times their expert's weight, or its transpose, plus gate times bias; with SCATTER written to the token's row."""
     _, expert, begin, end, n = _tile(tile_ptr, N, BN)
     if expert < 0:
         return
@@ -338,6 +326,41 @@ def hidden_gradient_kernel(
             total = _sum_rows(tl.where(ok, dz, 0.0), dz_ptr.dtype.element_ty, BM)
             tl.store(sum_ptr + tile.to(tl.int64) * H + offs_n, total, mask=offs_n < H)
     tl.store(dgate_ptr + n.to(tl.int64) * R + assignment, dgate, mask=row < end)
+
+
+@triton.jit
+def bias_gradient_kernel(
+    dy_ptr,
+    bias_ptr,
+    gate_ptr,
+    order_ptr,
+    tile_ptr,
+    dgate_ptr,
+    sum_ptr,
+    D,
+    SLOTS,
+    SUM: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """What the bias of `down` adds to d(gate), at dgate[assignment]; with SUM, g dy summed over the tile's rows, at sum[tile, column]."""
+    tile, expert, begin, end, _ = _tile(tile_ptr, 1, 1)
+    if expert < 0:
+        return
+    row = begin + tl.arange(0, BM)
+    ok = row < end
+    assignment = tl.load(order_ptr + tl.minimum(row, end - 1))
+    gate = tl.load(gate_ptr + assignment, mask=ok, other=0.0)
+    dgate = tl.zeros((BM,), tl.float32)
+    for d in range(0, D, BN):
+        offs_d = d + tl.arange(0, BN)
+        at = (assignment // SLOTS)[:, None].to(tl.int64) * D + offs_d[None, :]
+        dy = tl.load(dy_ptr + at, mask=(offs_d < D)[None, :], other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + expert.to(tl.int64) * D + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+        dgate += tl.sum(dy * bias[None, :], 1)
+        if SUM:
+            tl.store(sum_ptr + tile.to(tl.int64) * D + offs_d, tl.sum(dy * gate[:, None], 0), mask=offs_d < D)
+    tl.store(dgate_ptr + assignment, dgate, mask=ok)
 
 
 @triton.jit

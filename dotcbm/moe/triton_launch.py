@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dotcbm.moe import triton_kernels as kernels
 from dotcbm.moe.triton_sorting import Sorted, TileMap, tile_map
 
-__all__ = ["PRODUCTS", "Product", "Rows", "Tiles", "chunk_size", "hidden", "out", "tiles_of", "up", "weight"]
+__all__ = ["PRODUCTS", "Product", "Rows", "Tiles", "chunk_size", "down_bias", "hidden", "out", "tiles_of", "up", "weight"]
 
 Product = Literal["up", "down", "hidden", "token", "up_weight", "down_weight"]
 PRODUCTS: tuple[Product, ...] = ("up", "down", "hidden", "token", "up_weight", "down_weight")
@@ -25,6 +25,7 @@ PRODUCTS: tuple[Product, ...] = ("up", "down", "hidden", "token", "up_weight", "
 _UP: Any = kernels.up_kernel  # called as kernel[grid](...), which no checker understands
 _OUT: Any = kernels.out_kernel
 _HIDDEN: Any = kernels.hidden_gradient_kernel
+_BIAS: Any = kernels.bias_gradient_kernel
 _WEIGHT: Any = kernels.weight_gradient_kernel
 _ADD_CHUNKS: Any = kernels.add_chunks_kernel
 _ADD_TILES: Any = kernels.add_tiles_kernel
@@ -35,6 +36,8 @@ _H100_SMS = 132
 _ROUNDS = 4
 # What programs of the additions take at a time.
 _SUM_TILES, _SUM_COLUMNS, _SUMMED_TOKENS, _ADDED = 16, 128, 32, 1024
+# And those of a bias's gradient: rows, of which there is a map anyway, and columns.
+_BIAS_ROWS, _BIAS_COLUMNS = 128, 64
 # Sums up to this length are short (see `tiles_of`).
 _FEW_STEPS = 512
 _ALIGNMENT = 16  # bytes, of a descriptor's rows
@@ -186,14 +189,18 @@ def hidden(
     rows: Rows,
     *,
     d_bias_EH: Tensor | None = None,
+    has_down_bias: bool = False,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(R, H) dz, and (T, K) float32 d(gate) without the down bias's part; the gradient of the up bias is written to `d_bias_EH`."""
+    """(R, H) dz, and (parts, R) float32 whose sum is d(gate); the gradient of the up bias is written to `d_bias_EH`.
+
+    The last part is left to `down_bias` where `has_down_bias`.
+    """
     E, H, D = down_EHD.shape
     tiles = tiles or tiles_of("hidden", dy_TD.dtype, inner=D, columns=H)
     tile_L4, span_E3 = rows.tiles(tiles.rows)
     dz_RH = torch.empty_like(z_RH)
-    dgate_NR = gate_TK.new_empty(triton.cdiv(H, tiles.columns), rows.num_rows)
+    dgate_NR = gate_TK.new_empty(triton.cdiv(H, tiles.columns) + has_down_bias, rows.num_rows)
     sum_LH = gate_TK.new_empty((len(tile_L4), H) if d_bias_EH is not None else (0,))
     weight, described = _described(down_EHD, (tiles.columns, tiles.inner), tiles, inner=D)
     _HIDDEN[_grid(tile_L4, H, tiles)](
@@ -217,7 +224,18 @@ def hidden(
     )
     if d_bias_EH is not None:
         _ADD_TILES[(triton.cdiv(H, _SUM_COLUMNS), E)](sum_LH, span_E3, d_bias_EH, H, L=_SUM_TILES, B=_SUM_COLUMNS)
-    return dz_RH, dgate_NR.sum(0).view_as(gate_TK)
+    return dz_RH, dgate_NR
+
+
+def down_bias(dy_TD: Tensor, bias_ED: Tensor, gate_TK: Tensor, rows: Rows, dgate_R: Tensor, d_bias_ED: Tensor | None) -> None:
+    """Write the bias's part of d(gate), by assignment, to `dgate_R`, and its gradient to `d_bias_ED`."""
+    E, D = bias_ED.shape
+    tile_L4, span_E3 = rows.tiles(_BIAS_ROWS)
+    sum_LD = gate_TK.new_empty((len(tile_L4), D) if d_bias_ED is not None else (0,))
+    operands = (dy_TD, bias_ED, gate_TK, rows.sorted.order_R, tile_L4, dgate_R, sum_LD)
+    _BIAS[(len(tile_L4),)](*operands, D, rows.k, SUM=d_bias_ED is not None, BM=_BIAS_ROWS, BN=_BIAS_COLUMNS, num_warps=8)
+    if d_bias_ED is not None:
+        _ADD_TILES[(triton.cdiv(D, _SUM_COLUMNS), E)](sum_LD, span_E3, d_bias_ED, D, L=_SUM_TILES, B=_SUM_COLUMNS)
 
 
 def weight(

@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from dotcbm.moe.triton_launch import PRODUCTS, Product, Rows, Tiles, hidden, out, tiles_of, up, weight
+from dotcbm.moe.triton_launch import PRODUCTS, Product, Rows, Tiles, down_bias, hidden, out, tiles_of, up, weight
 from dotcbm.moe.triton_sorting import sort_by_expert, tile_map
 
 from .expert_speed import Problem, Size
@@ -76,8 +76,7 @@ def measure_kernels(problem: Problem, *, device: torch.device, repeats: int) -> 
         "sort": lambda index: sort_by_expert(problem.index[index], num_experts),
         "a tile map": lambda index: tile_map(rows.sorted.end_E, rows.num_rows, 128),
         **{product: lambda index, product=product: steps.run(product, index, None) for product in PRODUCTS},
-        "bias: d(gate)": lambda index: (problem.dy[index] @ problem.experts.down_bias_ED.T).gather(1, problem.index[index]),  # pyright: ignore
-        "bias: d(down bias)": steps.bias,
+        "down bias": steps.bias,
     }
     samples = interleave(calls, device=device, repeats=repeats)
     found = [KernelRow(name, x.median, flops if name in PRODUCTS else 0) for name, x in samples.items()]
@@ -191,10 +190,10 @@ class _Steps:
             weight("down_weight", self.gated[index], dy, rows, self.d_down, tiles=tiles)
         return self.d_up, self.d_down
 
-    def bias(self, index: int) -> torch.Tensor:
-        dy, gate = self.problem.dy[index], self.gate[index]
-        gate_TE = dy.new_zeros(len(dy), self.problem.size.num_experts).scatter_(1, self.problem.index[index], gate.to(dy.dtype))
-        return gate_TE.T @ dy
+    def bias(self, index: int) -> None:
+        bias_ED, dgate_R = self.weights[3], torch.empty_like(self.gate[index].view(-1))
+        assert bias_ED is not None
+        down_bias(self.problem.dy[index], bias_ED, self.gate[index], self.rows[index], dgate_R, torch.empty_like(bias_ED))
 
 
 def _steps(problem: Problem) -> _Steps:
