@@ -13,7 +13,7 @@ safe, they are absorbed: u0 and v0 move to them and K is computed again ("stabil
 Pictures go through in groups that stay in the processor's cache, and each stops on its own.
 
 Momentum (`accelerate`): v is extrapolated as in Nesterov's method with restarts (O'Donoghue and Candes 2015), for a picture whose
-plain iteration is slow: from where its residual falls by less than a factor of `_SLOW`. Where a residual rises, momentum starts anew;
+plain iteration is slow: from where its residual falls by less than a factor of `SLOW`. Where a residual rises, momentum starts anew;
 the iterate of the smallest residual is returned. On 1,600 random problems this took at most one iteration more than the plain one, and at
 eps 0.01 less than half of them (tests/transport/test_acceleration.py).
 """
@@ -25,10 +25,10 @@ from torch import Tensor
 
 from dotcbm.transport.plan import Settings, TransportPlan, safe_log, side_target
 
-__all__ = ["solve_torch"]
+__all__ = ["SLOW", "solve_torch"]
 
 _GROUP_ELEMENTS = 2**21  # of K in a group of pictures: eight megabytes in float32, by measurement
-_SLOW = 0.4  # residual over the last one: where the plain iteration is faster, momentum only disturbs
+SLOW = 0.4  # residual over the last one: where the plain iteration is faster, momentum only disturbs
 # Logarithms up to which products of scalings and K are safe, and how far potentials may leave their reference.
 _RANGE = {torch.float32: 40.0, torch.float64: 300.0}
 _DRIFT = {torch.float32: 25.0, torch.float64: 200.0}
@@ -140,7 +140,7 @@ class _Group:
                 ratio_G1 = residual_G[:, None] / last_G1
                 turn_GM = new_GM - mapped_GM
                 against_G1 = (self.v_GM - new_GM).mul_(turn_GM).mul_(self.gamma_GM).sum(1, keepdim=True) > 0
-                fast_G1 = (fast_G1 & ~(ratio_G1 > _SLOW)) | (ratio_G1 > 1)
+                fast_G1 = (fast_G1 & ~(ratio_G1 > SLOW)) | (ratio_G1 > 1)
                 momentum_G1 = torch.where(fast_G1 | against_G1, 1.0, momentum_G1)
                 next_G1 = (1 + (1 + 4 * momentum_G1.square()).sqrt()) / 2
                 weight_G1 = torch.where(fast_G1, 0.0, (momentum_G1 - 1) / next_G1)
