@@ -8,7 +8,7 @@ __all__ = ["exporting"]
 
 
 def exporting() -> bool:
-    """Whether a program is being exported, in which no step may depend on values; False under torch.compile.
+    """Whether a program is being exported, in which Python may not look at values; False under torch.compile.
 
     In torch 2.11 Dynamo takes `torch.compiler.is_exporting` for the constant True.
     """

@@ -20,12 +20,14 @@ from dotcbm.cli.export import export_model
 from dotcbm.data.synthetic import Synthetic
 from dotcbm.encoders.image import ImageEncoder
 from dotcbm.hub import save_pretrained
+from dotcbm.models import published_dot_cbm
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.cbm import CBM
 from dotcbm.models.concept_model import ConceptModel
 from dotcbm.models.linear_probe import LinearProbe
 from dotcbm.models.published_dot_cbm import PublishedDotCBM
 from dotcbm.structures import Problem
+from dotcbm.transport.sinkhorn import sinkhorn
 
 SOURCE = Synthetic(size=64, num_train=4, num_val=1, num_test=4)
 
@@ -191,6 +193,31 @@ def test_export_to_onnx(model_folder, tmp_path, capsys):
     np.testing.assert_allclose(classes, expected.class_BK, atol=1e-5)
     assert expected.plan_BNM is not None
     np.testing.assert_allclose(plan, expected.plan_BNM, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["torch", "onnx"])
+def test_an_exported_transport_stops_each_picture_where_the_model_does(tmp_path, monkeypatch, format):
+    """Where null_concept leaves concepts 5 % of the mass, passes too many show in their probabilities."""
+    if format == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (pip install 'dotcbm[export]')")
+    model = make_model(dim=8, adapter="linear", patch_prior="uniform", null_concept=0.95, eps=0.05, readout="cosine", iterations=5)
+    path = tmp_path / {"torch": "model.pt2", "onnx": "model.onnx"}[format]
+    assert max(export_model(model, path, format=format, tolerance=1e-5).values()) <= 1e-5
+    image = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    image[1:] = torch.nn.functional.interpolate(image[1:, :, :4, :4], size=64) * torch.logspace(-2, 1, 5)[:, None, None, None]
+    plans = []
+    monkeypatch.setattr(published_dot_cbm, "sinkhorn", lambda *args, **kwargs: plans.append(sinkhorn(*args, **kwargs)) or plans[-1])
+    with torch.no_grad():
+        expected = model(image)
+    assert len(plans[0].num_iter_B.unique()) > 2, "the pictures must stop at different passes"
+    if format == "onnx":
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        found = [torch.from_numpy(value) for value in session.run(["concepts", "classes", "plan"], {"image": image.numpy()})]
+    else:
+        with torch.no_grad():
+            found = torch.export.load(path).module()(image)
+    for theirs, ours in zip(found, (expected.concept_BM, expected.class_BK, expected.plan_BNM), strict=True):
+        torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
 
 
 def test_an_export_that_differs_is_not_written(tmp_path):

@@ -78,7 +78,6 @@ class PublishedDotCBM(Bottleneck):
         null_concept: Share of the patches' mass that need not go to any concept, in [0, 1).
         eps: Entropy of the plan, on costs in [0, 2].
         iterations: Most Sinkhorn iterations; each picture stops on its own, whatever is beside it, and the residual is in the output.
-            An exported program makes all of them.
         solver: See `sinkhorn`.
         readout: See `dotcbm.models.readout`.
         readout_scale: Of the cosine readout's alpha at the start.

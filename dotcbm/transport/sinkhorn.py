@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dotcbm.tracing import exporting
 from dotcbm.transport.backend_torch import solve_torch
+from dotcbm.transport.exported import solve_exported
 from dotcbm.transport.heatmap_statistics import HeatmapStatistics, statistics_of_plan
 from dotcbm.transport.implicit import attach_gradient
 from dotcbm.transport.plan import Settings, TransportPlan, safe_log
@@ -77,7 +78,11 @@ def sinkhorn(
     The last update is that of the patches: rows meet theta (or, relaxed, their optimality condition) to rounding, and
     `residual_B` is the violation of the columns. Computed in float32 at least, also for half precision and under autocast.
     A patch or concept with a marginal of exactly zero is not there: its row or column of the plan and all its gradients are
-    zero. In an exported program no step depends on values: it makes `max_iter` plain iterations.
+    zero.
+
+    In an exported program (`torch.export` that is not strict, `torch.onnx`) a loop does what the solver "torch" does, without gradients.
+    With the solver "pot", the gradient "unroll" or under strict export a program makes `max_iter` plain iterations, as does a function
+    under torch.compile, but for Triton.
 
     Args:
         cost_BNM: (B, N, M) finite cost; any layout.
@@ -234,8 +239,12 @@ def _solve(
 ) -> TransportPlan:
     differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in (cost_BNM, theta_BN, gamma_BM))
     accelerate = accelerate and settings.tol is not None
+    if exporting() and settings.tol is not None and solver != "pot" and gradient == "implicit":
+        with torch.no_grad():
+            cost, theta, gamma = cost_BNM.detach().to(theta_BN.dtype), theta_BN.detach(), gamma_BM.detach()
+            return solve_exported(cost, theta, gamma, settings, tol=settings.tol, accelerate=accelerate)
     if exporting() if solver == "triton" else torch.compiler.is_compiling():
-        # A program that was traced cannot look at values.
+        # Unrolled, a traced program cannot look at values.
         return solve_unrolled(cost_BNM.to(theta_BN.dtype), theta_BN, gamma_BM, settings._replace(tol=None))
     if differentiate and gradient == "unroll":
         return _unrolled(cost_BNM, theta_BN, gamma_BM, settings, solver=solver)

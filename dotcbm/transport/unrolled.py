@@ -1,4 +1,4 @@
-"""Sinkhorn in the log domain, differentiated by unrolling: for exported programs, and where implicit gradients would be wrong.
+"""Sinkhorn in the log domain, differentiated by unrolling: for traced programs, and where implicit gradients would be wrong.
 
 B pictures, N patches, M concepts. Balanced problems take the form with one exponential an element and iteration: with
 the row update folded into a softmax over the concepts,
