@@ -138,6 +138,7 @@ def _write_onnx(exported: ExportedModel, path: Path) -> Reader:
     )
     if program is None:
         raise ValueError("torch.onnx gave no program; update torch and onnxscript")
+    program.optimize()  # once more: where there is a loop, the first time leaves a constant behind, of which onnxruntime warns each user
     program.save(str(path))
     onnx.checker.check_model(str(path))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
