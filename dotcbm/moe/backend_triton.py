@@ -110,7 +110,7 @@ def _backward(
     if of_tokens:
         dx_TD = launch.out("token", dz_RH, up_EDH, None, gate_TK, rows)
     if down_bias_ED is not None:
-        launch.down_bias(dy_TD, down_bias_ED, gate_TK, rows, dgate_NR[-1], d_down_bias_ED if of_weights else None)
+        launch.down_bias(dy_TD, down_bias_ED, gate_TK, index_TK, rows, dgate_NR[-1], d_down_bias_ED if of_weights else None)
     dgate_TK = dgate_NR.sum(0).view_as(gate_TK)
     return dx_TD, dgate_TK, d_up_EDH, d_up_bias_EH, d_down_EHD, d_down_bias_ED
 

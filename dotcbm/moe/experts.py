@@ -8,15 +8,17 @@ no capacity: every token reaches all its experts, however many others do. The ba
     loop     one expert after another, the reference
     dense    every expert on every token, then a mask: E / K times the work, the reference that sorts nothing
     triton   our kernels on CUDA, see `dotcbm.moe.triton_kernels`: gather, bias, GELU, gate and scatter within the products
-    auto     grouped where it applies (see `dotcbm.moe.dispatch.grouped_applies`), else padded on a GPU and the loop on a CPU; dense in
-             an exported program, in which no shape can depend on values. Not triton, until it has been measured to be faster at the
-             sizes at hand: `python -m tests.benchmarks.experts --device cuda` prints both, and backend="triton" chooses it
+    auto     triton on a GPU whose multiprocessors have room for its tiles (H100 and newer of its class), where it was measured to be 1.2 to
+             2.4 times as fast as grouped (reports/benchmarks/experts_cuda.md); else grouped where it applies (see
+             `dotcbm.moe.dispatch.grouped_applies`), else padded on a GPU and the loop on a CPU; dense in an exported program, in which
+             no shape can depend on values
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Literal, NamedTuple, get_args
 
@@ -35,6 +37,7 @@ __all__ = ["Backend", "Experts"]
 Backend = Literal["auto", "grouped", "triton", "padded", "loop", "dense"]
 _HAS_TRITON = find_spec("triton") is not None
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TILE_BYTES = 4 * 64 * (128 + 256) * 2  # four steps of the largest tiles, see `dotcbm.moe.triton_launch.tiles_of`
 
 flops.register()  # so that counters and Lightning's MFU see the grouped products
 
@@ -101,30 +104,32 @@ class Experts(nn.Module):
             ValueError: No such backend, "grouped" for a type or sizes that it does not take, or "triton" for a type or where it does
                 not run.
         """
-        device = x_TD.device.type
-        dtype = torch.get_autocast_dtype(device) if autocast_enabled(device) else x_TD.dtype
+        device = x_TD.device
+        dtype = torch.get_autocast_dtype(device.type) if autocast_enabled(device.type) else x_TD.dtype
         raw = (self.up_EDH, self.up_bias_EH, self.down_EHD, self.down_bias_ED)
         weights = _Weights(*(None if weight is None else weight.to(dtype) for weight in raw))  # pyright: ignore[reportArgumentType]
         return self._chosen(backend, dtype, device)(x_TD.to(dtype), index_TK, gate_TK, weights)
 
-    def _chosen(self, backend: Backend, dtype: torch.dtype, device: str) -> Callable[[Tensor, Tensor, Tensor, _Weights], Tensor]:
+    def _chosen(self, backend: Backend, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, _Weights], Tensor]:
         if backend not in get_args(Backend):
             raise ValueError(f"backend is {backend!r}; choose one of {list(get_args(Backend))}")
         _, width, hidden = self.up_EDH.shape
         applies = grouped_applies(dtype, width, hidden)
         if backend == "auto" and exporting():
             backend = "dense"
+        elif backend == "auto" and _HAS_TRITON and dtype in _TRITON_TYPES and device.type == "cuda" and _has_room(device):
+            backend = "triton"
         elif backend == "auto":
             # PyTorch 2.14 refuses to trace grouped products in float32.
-            applies = applies and device in ("cpu", "cuda", "meta") and not (torch.compiler.is_compiling() and dtype == torch.float32)
-            backend = "grouped" if applies else "padded" if device == "cuda" else "loop"
+            applies = applies and device.type in ("cpu", "cuda", "meta") and not (torch.compiler.is_compiling() and dtype == torch.float32)
+            backend = "grouped" if applies else "padded" if device.type == "cuda" else "loop"
         if backend == "grouped" and not applies:
             raise ValueError(
                 f'backend is "grouped", with {dtype}, width {width} and hidden {hidden}; it takes float32, bfloat16 and float16, and rows '
                 'of a multiple of 16 bytes; choose "auto"'
             )
         if backend == "triton":
-            _check_triton(dtype, device)
+            _check_triton(dtype, device.type)
         return _BACKENDS[backend]
 
     def extra_repr(self) -> str:
@@ -147,6 +152,12 @@ def _product(x_RX: Tensor, weight_EXY: Tensor, order: Order) -> Tensor:
     if x_RX.is_meta:  # where FLOPs are counted; PyTorch 2.14 knows the shapes of half precision alone
         return F.grouped_mm(x_RX.bfloat16(), weight_EXY.bfloat16(), offs=order.end_E).to(x_RX.dtype)
     return F.grouped_mm(x_RX, weight_EXY, offs=order.end_E)
+
+
+@lru_cache
+def _has_room(device: torch.device) -> bool:
+    """Whether the GPU runs the tiles that were measured."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= _TILE_BYTES
 
 
 def _check_triton(dtype: torch.dtype, device: str) -> None:

@@ -7,7 +7,7 @@ the gradient of that token's output,
     down    y = gated down + g bias                           written to the token's row where K = 1
     hidden  dh = dy down^T;  dz = g dh GELU'(z);  dg = sum dh GELU(z);  sums of dz over a tile's rows      dy read through the order
     token   dx = dz up^T                                      as `down`
-    bias    dg += dy bias;  sums of g dy over a tile's rows   dy read through the order, no product
+    bias    dg += dy bias;  sums of g dy over a tile's rows   dy read through the order, no product; for K = 1 alone
     weight  d(up) = x^T dz;  d(down) = gated^T dy             over the rows of a chunk of one expert; x, dy read through the order
 
 The gate enters with GELU and not with the output: then the gradient of `down` is a plain product of what is in memory, and no product has
@@ -338,29 +338,28 @@ def bias_gradient_kernel(
     dgate_ptr,
     sum_ptr,
     D,
-    SLOTS,
     SUM: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """What the bias of `down` adds to d(gate), at dgate[assignment]; with SUM, g dy summed over the tile's rows, at sum[tile, column]."""
+    """K = 1: what the bias of `down` adds to d(gate), at dgate[token]; with SUM, g dy summed over the tile's rows, at sum[tile, column]."""
     tile, expert, begin, end, _ = _tile(tile_ptr, 1, 1)
     if expert < 0:
         return
     row = begin + tl.arange(0, BM)
     ok = row < end
-    assignment = tl.load(order_ptr + tl.minimum(row, end - 1))
-    gate = tl.load(gate_ptr + assignment, mask=ok, other=0.0)
+    token = tl.load(order_ptr + tl.minimum(row, end - 1))
+    gate = tl.load(gate_ptr + token, mask=ok, other=0.0)
     dgate = tl.zeros((BM,), tl.float32)
     for d in range(0, D, BN):
         offs_d = d + tl.arange(0, BN)
-        at = (assignment // SLOTS)[:, None].to(tl.int64) * D + offs_d[None, :]
+        at = token[:, None].to(tl.int64) * D + offs_d[None, :]
         dy = tl.load(dy_ptr + at, mask=(offs_d < D)[None, :], other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + expert.to(tl.int64) * D + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
         dgate += tl.sum(dy * bias[None, :], 1)
         if SUM:
             tl.store(sum_ptr + tile.to(tl.int64) * D + offs_d, tl.sum(dy * gate[:, None], 0), mask=offs_d < D)
-    tl.store(dgate_ptr + assignment, dgate, mask=ok)
+    tl.store(dgate_ptr + token, dgate, mask=ok)
 
 
 @triton.jit

@@ -227,13 +227,21 @@ def hidden(
     return dz_RH, dgate_NR
 
 
-def down_bias(dy_TD: Tensor, bias_ED: Tensor, gate_TK: Tensor, rows: Rows, dgate_R: Tensor, d_bias_ED: Tensor | None) -> None:
+def down_bias(
+    dy_TD: Tensor, bias_ED: Tensor, gate_TK: Tensor, index_TK: Tensor, rows: Rows, dgate_R: Tensor, d_bias_ED: Tensor | None
+) -> None:
     """Write the bias's part of d(gate), by assignment, to `dgate_R`, and its gradient to `d_bias_ED`."""
     E, D = bias_ED.shape
+    if rows.k > 1:  # two products over tokens read less than a pass over rows
+        dgate_R.view_as(gate_TK).copy_((dy_TD @ bias_ED.T).gather(1, index_TK))
+        if d_bias_ED is not None:
+            gate_TE = dy_TD.new_zeros(len(dy_TD), E).scatter_(1, index_TK, gate_TK.to(dy_TD.dtype))
+            torch.mm(gate_TE.T, dy_TD, out=d_bias_ED)
+        return
     tile_L4, span_E3 = rows.tiles(_BIAS_ROWS)
     sum_LD = gate_TK.new_empty((len(tile_L4), D) if d_bias_ED is not None else (0,))
     operands = (dy_TD, bias_ED, gate_TK, rows.sorted.order_R, tile_L4, dgate_R, sum_LD)
-    _BIAS[(len(tile_L4),)](*operands, D, rows.k, SUM=d_bias_ED is not None, BM=_BIAS_ROWS, BN=_BIAS_COLUMNS, num_warps=8)
+    _BIAS[(len(tile_L4),)](*operands, D, SUM=d_bias_ED is not None, BM=_BIAS_ROWS, BN=_BIAS_COLUMNS, num_warps=8)
     if d_bias_ED is not None:
         _ADD_TILES[(triton.cdiv(D, _SUM_COLUMNS), E)](sum_LD, span_E3, d_bias_ED, D, L=_SUM_TILES, B=_SUM_COLUMNS)
 

@@ -15,7 +15,7 @@ Pictures go through in groups that stay in the processor's cache, and each stops
 Momentum (`accelerate`): v is extrapolated as in Nesterov's method with restarts (O'Donoghue and Candes 2015), for a picture whose
 plain iteration is slow: from where its residual falls by less than a factor of `SLOW`. Where a residual rises, momentum starts anew;
 the iterate of the smallest residual is returned. On 1,600 random problems this took at most one iteration more than the plain one, and at
-eps 0.01 less than half of them (tests/transport/test_acceleration.py).
+eps 0.01 less than half of them (tests/transport/test_iteration.py).
 """
 
 from __future__ import annotations

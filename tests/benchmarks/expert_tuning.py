@@ -193,7 +193,8 @@ class _Steps:
     def bias(self, index: int) -> None:
         bias_ED, dgate_R = self.weights[3], torch.empty_like(self.gate[index].view(-1))
         assert bias_ED is not None
-        down_bias(self.problem.dy[index], bias_ED, self.gate[index], self.rows[index], dgate_R, torch.empty_like(bias_ED))
+        routing = self.gate[index], self.problem.index[index], self.rows[index]
+        down_bias(self.problem.dy[index], bias_ED, *routing, dgate_R, torch.empty_like(bias_ED))
 
 
 def _steps(problem: Problem) -> _Steps:

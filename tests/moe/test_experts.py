@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from expert_problems import DEVICE, distance, expert_layer, tokens
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dotcbm.moe import experts as experts_module
 from dotcbm.moe.dispatch import Order, _sum_by_expert, _sum_by_product, add_bias, collect, dispatch
 from dotcbm.moe.experts import Experts
 
@@ -236,3 +239,13 @@ def test_groups_may_begin_anywhere_in_grouped_products(k):
         _sum_by_product(torch.randn(13 * k, 16), Order.of(index, 4).end_E)
     assert found.seen == 3
     assert found.unaligned == []
+
+
+@pytest.mark.parametrize(("room", "dtype", "chosen"), [(232448, torch.bfloat16, "triton"), (101376, torch.bfloat16, "grouped")])
+def test_auto_takes_our_kernels_where_their_tiles_fit(monkeypatch, room, dtype, chosen):
+    experts_module._has_room.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(shared_memory_per_block_optin=room))
+    monkeypatch.setattr(experts_module, "_HAS_TRITON", True)
+    assert experts_of()._chosen("auto", dtype, torch.device("cuda")) is experts_module._BACKENDS[chosen]
+    assert experts_of()._chosen("auto", torch.float64, torch.device("cuda")) is experts_module._BACKENDS["padded"]
+    experts_module._has_room.cache_clear()
