@@ -63,15 +63,15 @@ class Tiles(NamedTuple):
 
 
 def tiles_of(product: Product, dtype: torch.dtype, *, inner: int, columns: int) -> Tiles:
-    """One of two shapes, so that a kernel is compiled twice at most for each type, K = 1 and sizes that divide.
+    """One of two shapes, so that a kernel is compiled twice at most for each type, K = 1 and sizes that divide; chosen by measurement.
 
-    Few steps leave a program waiting for its first operands and its last writes for much of its time, which another one on the same
-    multiprocessor fills; many steps are limited by what has to be read from the cache, of which wide tiles need less.
+    Two small programs on a multiprocessor serve each other: while one waits for its first operands or finishes what it has multiplied, the
+    other multiplies. Only long sums with little to finish are bound by what has to be read from the cache, of which wide tiles need less.
 
     Args:
         product: Which.
         dtype: Of its operands.
-        inner: Length of its sums; of weight gradients the number of rows.
+        inner: Length of its sums.
         columns: N.
     """
     if dtype == torch.float32:  # no tensor cores in full precision

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import mean
+from statistics import mean, median
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
@@ -52,8 +52,11 @@ def _dots(
     figure = _figure(study, records, width, height)
     for number, (name, heading, scale, mark) in enumerate(panels):
         ax = place(figure, left=_LABELS + 1.9 * number, top=_HEAD, width=1.65, height=_LINE * len(rows))
+        found = {row.name: [scale * value for value in by_seed(records, row.name, name).values()] for row in rows}
+        if _far_apart([mean(values) for values in found.values() if values]):
+            ax.set_xscale("log")
         for line, row in enumerate(rows):
-            values = [scale * value for value in by_seed(records, row.name, name).values()]
+            values = found[row.name]
             ax.axhline(line, color=LINE, linewidth=0.6, zorder=0)
             _marks(ax, values, [float(line)] * len(values), colour=_COLOURS[0])
         if mark is not None:
@@ -159,6 +162,11 @@ def _figure(study: ExpertStudy, records: Sequence[Record], width: float, height:
     seeds = len({record.seed for record in records})
     figure.text(0.15 / width, 0.12 / height, f"large marks: mean of {seeds} seeds (small marks)", fontsize=SMALL, color=MUTED)
     return figure
+
+
+def _far_apart(values: Sequence[float]) -> bool:
+    """Whether one row, such as a collapsed one, would press the others into a point."""
+    return bool(values) and min(values) > 0 and max(values) > 20 * median(values)
 
 
 def _marks(ax: Axes, x: Sequence[float], y: Sequence[float], *, colour: str) -> None:
