@@ -26,7 +26,7 @@ from dotcbm.report.study.experts_plan import (
     run_settings,
     runs_of,
 )
-from dotcbm.report.study.experts_plot import plot_experts, sunk_costs
+from dotcbm.report.study.experts_plot import _far_apart, plot_experts, sunk_costs
 from dotcbm.report.study.experts_run import run_expert_study
 from dotcbm.report.study.experts_train import read_pictures
 from dotcbm.report.study.plan import Record
@@ -212,3 +212,10 @@ def test_the_command_writes_table_figure_and_records(tmp_path: Path, capsys: pyt
     assert main([*asked, "--no-runs"]) == 0
     assert main([*asked, "--world", "main"]) == 2
     assert "has no worlds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("means", "far"), [([1.6, 0.4, 0.6, 0.7, 63.0], True), ([2.2, 0.4, 1.6], False), ([0.0, 1.0, 63.0], False), ([], False)]
+)
+def test_one_collapsed_row_does_not_press_the_others_into_a_point(means, far):
+    assert _far_apart(means) == far
