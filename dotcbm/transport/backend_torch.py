@@ -20,6 +20,9 @@ eps 0.01 less than half of them (tests/transport/test_iteration.py).
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -53,20 +56,22 @@ def solve_torch(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings: 
 
 
 class _Group:
-    """Pictures that are solved side by side. Attributes as in the head of this file; v_GM is where the next iteration looks.
+    """Pictures that are solved side by side. Attributes as in the head of this file; v_G1M is where the next iteration looks.
 
-    K lies where the plan will: fresh memory costs more than an iteration.
+    K lies where the plan will: fresh memory costs more than an iteration. For few pictures an iteration's time is the number of its calls,
+    so vectors are rows all along, as products want them, and what is equal for all pictures is a number and not a tensor.
     """
 
     def __init__(self, cost_GNM: Tensor, theta_GN: Tensor, gamma_GM: Tensor, plan_GNM: Tensor, settings: Settings) -> None:
         eps = settings.eps
-        self.cost_GNM, self.theta_GN, self.gamma_GM = cost_GNM, theta_GN, gamma_GM
-        self.eps, self.relax_concept, self.kernel_GNM = eps, settings.relax_concept, plan_GNM
+        self.cost_GNM, self.theta_G1N, self.gamma_G1M = cost_GNM, theta_GN[:, None], gamma_GM[:, None]
+        self.eps, self.relax_concept = eps, settings.relax_concept
+        self.kernel_GNM, self.kernel_GMN = plan_GNM, plan_GNM.transpose(1, 2)
         self.power_u, self.power_v = settings.powers
-        self.patch_GN, self.concept_GM = theta_GN > 0, gamma_GM > 0
-        self.log_theta_GN, self.log_gamma_GM = safe_log(theta_GN), safe_log(gamma_GM)
+        self.patch_G1N, self.concept_G1M = self.theta_G1N > 0, self.gamma_G1M > 0
+        self.log_theta_G1N, self.log_gamma_G1M = safe_log(self.theta_G1N), safe_log(self.gamma_G1M)
         self.tiny = torch.finfo(cost_GNM.dtype).tiny
-        self.every_patch, self.every_concept = bool(self.patch_GN.all()), bool(self.concept_GM.all())
+        self.every_patch, self.every_concept = bool(self.patch_G1N.all()), bool(self.concept_G1M.all())
         limit = _RANGE[cost_GNM.dtype] * eps
         least, most = cost_GNM.aminmax()  # of all, which takes half the time of each one's and mostly is enough
         if bool((least >= 0) & (most < limit)):
@@ -75,86 +80,114 @@ class _Group:
             least_G11, most_G11 = cost_GNM.amin((1, 2), keepdim=True), cost_GNM.amax((1, 2), keepdim=True)
         if bool(((most_G11 - least_G11) < limit).all()):
             torch.sub(least_G11 / eps, cost_GNM, alpha=1 / eps, out=self.kernel_GNM).exp_()
-            self.u0_GN, self.v0_GM = (least_G11[:, :, 0] / eps).expand_as(theta_GN), torch.zeros_like(gamma_GM)
-            column_GM = (theta_GN[:, None] @ self.kernel_GNM)[:, 0]
-            self.v_GM = self.log_gamma_GM - self.power_v * (column_GM.clamp_min(self.tiny).log() - self.u0_GN[:, :1])
+            self.u0_G1N, self.v0_G1M = (least_G11 / eps).expand_as(self.theta_G1N), None
+            column_G1M = self.theta_G1N @ self.kernel_GNM
+            self.v_G1M = self.log_gamma_G1M - self.power_v * (column_G1M.clamp_min(self.tiny).log() - least_G11 / eps)
         else:
-            absent_GN = self.log_theta_GN.masked_fill(~self.patch_GN, -torch.inf)
-            column_GM = torch.logsumexp(absent_GN[:, :, None] - cost_GNM / eps, 1)
-            self.v_GM = self.log_gamma_GM - self.power_v * column_GM
+            absent_G1N = self.log_theta_G1N.masked_fill(~self.patch_G1N, -torch.inf)
+            column_G1M = torch.logsumexp(absent_G1N.transpose(1, 2) - cost_GNM / eps, 1, keepdim=True)
+            self.v_G1M = self.log_gamma_G1M - self.power_v * column_G1M
             self._absorb()
 
     def _absorb(self) -> None:
         """Move the references to v and to the potentials of the patches that belong to it: K becomes the softmax of the rows."""
-        self.v0_GM = self.v_GM.clone()
-        present_GM = self.v_GM.masked_fill(~self.concept_GM, -torch.inf)
-        shifted_GNM = torch.sub(present_GM[:, None], self.cost_GNM, alpha=1 / self.eps, out=self.kernel_GNM)
-        self.u0_GN = -shifted_GNM.logsumexp(2)
-        shifted_GNM.add_(self.u0_GN[:, :, None]).exp_()
+        self.v0_G1M = self.v_G1M.clone()
+        present_G1M = self.v_G1M.masked_fill(~self.concept_G1M, -torch.inf)
+        shifted_GNM = torch.sub(present_G1M, self.cost_GNM, alpha=1 / self.eps, out=self.kernel_GNM)
+        u0_GN1 = -shifted_GNM.logsumexp(2, keepdim=True)
+        shifted_GNM.add_(u0_GN1).exp_()
+        self.u0_G1N = u0_GN1.transpose(1, 2)
+
+    def _shift(self) -> Tensor:
+        """(G, 1, M) how far v is from its reference, which is 0 at first."""
+        return self.v_G1M if self.v0_G1M is None else self.v_G1M - self.v0_G1M
 
     def _step(self) -> tuple[Tensor, Tensor]:
-        """(G, M) the concept potentials that come next and (G,) the residual; leaves the scalings of both sides behind."""
-        shift_GM = self.v_GM - self.v0_GM
-        if bool(shift_GM.abs().max() > _DRIFT[self.v_GM.dtype]):
+        """(G, 1, M) the concept potentials that come next and (G, 1, 1) the residual; leaves the scalings of both sides behind."""
+        shift_G1M = self._shift()
+        if float(torch.linalg.vector_norm(shift_G1M, torch.inf)) > _DRIFT[self.v_G1M.dtype]:
             self._absorb()
-            shift_GM = self.v_GM - self.v0_GM
-        self.b_GM = shift_GM.exp_()
+            shift_G1M = self._shift()
+        self.b_G1M = shift_G1M.exp()
         if not self.every_concept:
-            self.b_GM *= self.concept_GM
+            self.b_G1M *= self.concept_G1M
         # A row vector times a transposed matrix: torch's product of a batch with column vectors is ten times slower.
-        self.row_GN = torch.bmm(self.b_GM[:, None], self.kernel_GNM.transpose(1, 2))[:, 0].clamp_min_(self.tiny)
+        self.row_G1N = torch.bmm(self.b_G1M, self.kernel_GMN).clamp_min_(self.tiny)
         if self.power_u == 1:
-            self.a_GN = self.theta_GN / self.row_GN
+            self.a_G1N = self.theta_G1N / self.row_G1N
         else:
-            self.a_GN = (self._log_u() - self.u0_GN).exp()
+            self.a_G1N = (self._log_u() - self.u0_G1N).exp()
             if not self.every_patch:
-                self.a_GN *= self.patch_GN
-        column_GM = torch.bmm(self.a_GN[:, None], self.kernel_GNM)[:, 0]
-        target_GM = side_target(self.gamma_GM, scaled_potential=self.v_GM - self.log_gamma_GM, eps=self.eps, relax=self.relax_concept)
-        residual_G = (self.b_GM * column_GM).sub_(target_GM).abs_().sum(1)
-        log_GM = column_GM.clamp_min_(self.tiny).log_().sub_(self.v0_GM)
-        return torch.sub(self.log_gamma_GM, log_GM, alpha=self.power_v), residual_G
+                self.a_G1N *= self.patch_G1N
+        column_G1M = torch.bmm(self.a_G1N, self.kernel_GNM)
+        target_G1M = self.gamma_G1M
+        if self.power_v != 1:
+            potential_G1M = self.v_G1M - self.log_gamma_G1M
+            target_G1M = side_target(target_G1M, scaled_potential=potential_G1M, eps=self.eps, relax=self.relax_concept)
+        residual_G11 = torch.linalg.vector_norm(torch.addcmul(target_G1M, self.b_G1M, column_G1M, value=-1), 1, dim=2, keepdim=True)
+        log_G1M = column_G1M.clamp_min_(self.tiny).log_()
+        if self.v0_G1M is not None:
+            log_G1M -= self.v0_G1M
+        return torch.sub(self.log_gamma_G1M, log_G1M, alpha=self.power_v), residual_G11
 
     def _log_u(self) -> Tensor:
-        """(G, N) the potentials of the patches that belong to v."""
-        return self.log_theta_GN - self.power_u * (self.row_GN.log() - self.u0_GN)
+        """(G, 1, N) the potentials of the patches that belong to v."""
+        return self.log_theta_G1N - self.power_u * (self.row_G1N.log() - self.u0_G1N)
 
     def solve(self, *, max_iter: int, tol: float | None, accelerate: bool) -> tuple[Tensor, Tensor]:
         """(G,) residual and (G,) iterations made of each picture; leaves v and the scalings of the answer behind."""
-        size, v_GM = len(self.cost_GNM), self.v_GM
-        last_G1, momentum_G1 = v_GM.new_full((size, 1), torch.inf), v_GM.new_ones(size, 1)
-        mapped_GM, best_GM, least_G = v_GM, v_GM, v_GM.new_full((size,), torch.inf)
-        fast_G1 = torch.ones(size, 1, dtype=torch.bool, device=v_GM.device)
-        open_G, num_iter_G = fast_G1[:, 0], torch.zeros(size, dtype=torch.int32, device=v_GM.device)
+        size, v_G1M = len(self.cost_GNM), self.v_G1M
+        weight_I = _weights(max_iter, v_G1M.dtype, v_G1M.device) if accelerate else v_G1M
+        best_G1M, mapped_G1M = v_G1M, v_G1M
+        least_G11, last_G11 = (v_G1M.new_full((size, 1, 1), torch.inf) for _ in range(2))
+        fast_G11 = torch.ones(size, 1, 1, dtype=torch.bool, device=v_G1M.device)
+        open_G11, since_G11 = fast_G11, torch.zeros(size, 1, 1, dtype=torch.int64, device=v_G1M.device)
+        num_iter_G11, together, all_open = since_G11.int(), 0, True
         for _ in range(max_iter):
-            new_GM, residual_G = self._step()
-            num_iter_G += open_G
-            better_G = open_G & ~(residual_G >= least_G) if accelerate else open_G
-            best_GM, least_G = torch.where(better_G[:, None], self.v_GM, best_GM), torch.where(better_G, residual_G, least_G)
+            new_G1M, residual_G11 = self._step()
+            if all_open:
+                together += 1
+            else:
+                num_iter_G11 += open_G11
+            worse_G11 = residual_G11 >= least_G11 if accelerate else torch.zeros_like(open_G11)
+            if not all_open:
+                worse_G11 |= ~open_G11
+            best_G1M, least_G11 = torch.where(worse_G11, best_G1M, self.v_G1M), torch.where(worse_G11, least_G11, residual_G11)
             if tol is not None:
-                open_G = least_G >= tol
-                if not bool(open_G.any()):
+                open_G11 = least_G11 >= tol
+                num_open = int(open_G11.sum())
+                if not num_open:
                     break
-            next_GM = new_GM
+                all_open = num_open == size
+            next_G1M = new_G1M
             if accelerate:
-                ratio_G1 = residual_G[:, None] / last_G1
-                turn_GM = new_GM - mapped_GM
-                against_G1 = (self.v_GM - new_GM).mul_(turn_GM).mul_(self.gamma_GM).sum(1, keepdim=True) > 0
-                fast_G1 = (fast_G1 & ~(ratio_G1 > SLOW)) | (ratio_G1 > 1)
-                momentum_G1 = torch.where(fast_G1 | against_G1, 1.0, momentum_G1)
-                next_G1 = (1 + (1 + 4 * momentum_G1.square()).sqrt()) / 2
-                weight_G1 = torch.where(fast_G1, 0.0, (momentum_G1 - 1) / next_G1)
-                next_GM = torch.addcmul(new_GM, weight_G1, turn_GM)
-                mapped_GM, last_G1, momentum_G1 = new_GM, residual_G[:, None], next_G1
+                turn_G1M = new_G1M - mapped_G1M
+                against_G11 = (self.v_G1M - new_G1M).mul_(turn_G1M).mul_(self.gamma_G1M).sum(2, keepdim=True) > 0
+                ratio_G11 = residual_G11 / last_G11
+                fast_G11 = (fast_G11 & (ratio_G11 <= SLOW)) | (ratio_G11 > 1)
+                since_G11 = since_G11.masked_fill(fast_G11 | against_G11, 0)
+                next_G1M = torch.addcmul(new_G1M, weight_I.take(since_G11), turn_G1M)
+                mapped_G1M, last_G11, since_G11 = new_G1M, residual_G11, since_G11 + 1
             # A picture that is done stays where it is, so that the last iteration has everybody's answer.
-            self.v_GM = torch.where(open_G[:, None], next_GM, best_GM)
-        if not torch.equal(self.v_GM, best_GM):
-            self.v_GM = best_GM
+            self.v_G1M = next_G1M if all_open else torch.where(open_G11, next_G1M, best_G1M)
+        if not torch.equal(self.v_G1M, best_G1M):
+            self.v_G1M = best_G1M
             self._step()
-        return least_G, num_iter_G
+        return least_G11[:, 0, 0], num_iter_G11[:, 0, 0] + together
 
     def write(self, log_u_GN: Tensor, log_v_GM: Tensor) -> None:
         """Make K the plan, and put the potentials there."""
-        self.kernel_GNM.mul_(self.a_GN[:, :, None]).mul_(self.b_GM[:, None])
-        log_u_GN.copy_(self._log_u().masked_fill(~self.patch_GN, -torch.inf))
-        log_v_GM.copy_(self.v_GM.masked_fill(~self.concept_GM, -torch.inf))
+        self.kernel_GNM.mul_(self.a_G1N.transpose(1, 2)).mul_(self.b_G1M)
+        log_u_GN.copy_(self._log_u().masked_fill(~self.patch_G1N, -torch.inf)[:, 0])
+        log_v_GM.copy_(self.v_G1M.masked_fill(~self.concept_G1M, -torch.inf)[:, 0])
+
+
+@lru_cache(maxsize=16)
+def _weights(max_iter: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(max_iter,) of the extrapolation by the iterations since momentum started, of which the first has none: (t_i - 1) / t_(i + 1)."""
+    weights, momentum = [], 1.0
+    for _ in range(max_iter):
+        following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+        weights.append((momentum - 1) / following)
+        momentum = following
+    return torch.tensor(weights, dtype=dtype, device=device)

@@ -108,12 +108,13 @@ def _group(
     row_GN, column_GM = plan_GNM.sum(2), plan_GNM.sum(1)
     small_GN = row_GN < _SMALL[row_GN.dtype]
     over_row_GN = torch.where(small_GN, 0.0, row_GN.reciprocal())
-    weighted_GNM = torch.mul(plan_GNM, grad_GNM, out=out_GNM)
-    mean_GN = weighted_GNM.sum(2) * over_row_GN
-    right_GM = weighted_GNM.sum(1) - power_u * _rows_times(mean_GN, plan_GNM)
+    # -plan * grad / eps, in one pass; its sums are small, and scaled back.
+    weighted_GNM = torch.addcmul(plan_GNM.new_zeros(()), plan_GNM, grad_GNM, value=-1 / eps, out=out_GNM)
+    mean_GN = weighted_GNM.sum(2).mul_(-eps) * over_row_GN
+    right_GM = torch.sub(weighted_GNM.sum(1).mul_(-eps), _rows_times(mean_GN, plan_GNM), alpha=power_u)
     y_GM = _solve_schur(plan_GNM, over_row_GN, column_GM, right_GM, settings)
     inner_GN = mean_GN - torch.bmm(y_GM[:, None], plan_GNM.transpose(1, 2))[:, 0] * over_row_GN
-    weighted_GNM.addcmul_(plan_GNM, (power_u * inner_GN)[:, :, None], value=-1).addcmul_(plan_GNM, y_GM[:, None], value=-1).mul_(-1 / eps)
+    weighted_GNM.addcmul_(plan_GNM, (power_u * inner_GN)[:, :, None], value=1 / eps).addcmul_(plan_GNM, y_GM[:, None], value=1 / eps)
     ratio_GN = torch.ones_like(row_GN) if power_u == 1 else row_GN / theta_GN.where(theta_GN > 0, 1.0)
     tiny_GN = small_GN & (theta_GN > 0)
     if bool(tiny_GN.any()):
@@ -161,25 +162,32 @@ def _conjugate_gradients(plan_GNM: Tensor, over_row_GN: Tensor, right_GM: Tensor
     """On the matrix scaled to a unit diagonal of c, each picture until its residual has fallen by `adjoint_tolerance` (float64: 1e-13)."""
     power_u, power_v = settings.powers
     tolerance = _TOLERANCE_FLOAT64 if right_GM.dtype == torch.float64 else settings.adjoint_tolerance
-    residual_GM = scale_GM * right_GM
-    solved_GM, direction_GM = torch.zeros_like(residual_GM), residual_GM
-    square_G = residual_GM.square().sum(1)
-    enough_G = square_G * tolerance**2
+    flat = _FLAT[right_GM.dtype]
+    # Rows, as products want them: for few pictures a step's time is the number of its calls.
+    plan_GMN, over_row_G1N, scale_G1M = plan_GNM.transpose(1, 2), over_row_GN[:, None], scale_GM[:, None]
+    residual_G1M = scale_G1M * right_GM[:, None]
+    solved_G1M, direction_G1M = torch.zeros_like(residual_G1M), residual_G1M
+    square_G11 = _squares(residual_G1M)
+    enough_G11 = square_G11 * tolerance**2
     for _ in range(min(_MAX_STEPS, 2 * right_GM.shape[1])):
-        open_G = square_G > enough_G
-        if not bool(open_G.any()):
+        open_G11 = square_G11 > enough_G11
+        if not bool(open_G11.any()):
             break
-        forward_GN = torch.bmm((scale_GM * direction_GM)[:, None], plan_GNM.transpose(1, 2))[:, 0]
-        product_GM = _rows_times(forward_GN.mul_(over_row_GN), plan_GNM)
-        image_GM = torch.addcmul(direction_GM if power_v == 1 else direction_GM / power_v, scale_GM, product_GM, value=-power_u)
-        curvature_G = (direction_GM * image_GM).sum(1)
-        bent_G = open_G & (curvature_G > _FLAT[square_G.dtype] * direction_GM.square().sum(1))
-        length_G = torch.where(bent_G, square_G / curvature_G.where(bent_G, 1.0), 0.0)
-        solved_GM = torch.addcmul(solved_GM, length_G[:, None], direction_GM)
-        residual_GM = torch.addcmul(residual_GM, length_G[:, None], image_GM, value=-1)
-        new_G = residual_GM.square().sum(1)
+        forward_G1N = torch.bmm(scale_G1M * direction_G1M, plan_GMN).mul_(over_row_G1N)
+        own_G1M = direction_G1M if power_v == 1 else direction_G1M / power_v
+        image_G1M = torch.addcmul(own_G1M, scale_G1M, torch.bmm(forward_G1N, plan_GNM), value=-power_u)
+        curvature_G11 = (direction_G1M * image_G1M).sum(2, keepdim=True)
+        bent_G11 = open_G11 & (curvature_G11 > flat * _squares(direction_G1M))
+        length_G11 = torch.where(bent_G11, square_G11 / curvature_G11, 0.0)
+        solved_G1M.addcmul_(length_G11, direction_G1M)
+        residual_G1M = torch.addcmul(residual_G1M, length_G11, image_G1M, value=-1)
+        new_G11 = _squares(residual_G1M)
         # A picture that is done stays as it is: its direction would grow without bound.
-        turn_G = torch.where(bent_G, new_G / square_G.where(bent_G, 1.0), 0.0)
-        direction_GM = torch.addcmul(residual_GM, turn_G[:, None], direction_GM)
-        square_G = torch.where(bent_G, new_G, 0.0)
-    return scale_GM * solved_GM
+        turn_G11 = torch.where(bent_G11, new_G11 / square_G11, 0.0)
+        direction_G1M = torch.addcmul(residual_G1M, turn_G11, direction_G1M)
+        square_G11 = torch.where(bent_G11, new_G11, 0.0)
+    return (scale_G1M * solved_G1M)[:, 0]
+
+
+def _squares(x_G1M: Tensor) -> Tensor:
+    return x_G1M.square().sum(2, keepdim=True)
