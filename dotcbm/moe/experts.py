@@ -8,8 +8,8 @@ no capacity: every token reaches all its experts, however many others do. The ba
     loop     one expert after another, the reference
     dense    every expert on every token, then a mask: E / K times the work, the reference that sorts nothing
     triton   our kernels on CUDA, see `dotcbm.moe.triton_kernels`: gather, bias, GELU, gate and scatter within the products
-    auto     triton on a GPU whose multiprocessors have room for its tiles (H100 and newer of its class), where it was measured to be 1.2 to
-             2.4 times as fast as grouped (reports/benchmarks/experts_cuda.md); else grouped where it applies (see
+    auto     triton on a GPU whose multiprocessors have room for its tiles (H100 and newer of its class), where it was measured to be 1.3 to
+             2.3 times as fast as grouped in bfloat16 (reports/benchmarks/experts_cuda.md); else grouped where it applies (see
              `dotcbm.moe.dispatch.grouped_applies`), else padded on a GPU and the loop on a CPU; dense in an exported program, in which
              no shape can depend on values
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import Literal, NamedTuple, get_args
 
@@ -154,7 +153,7 @@ def _product(x_RX: Tensor, weight_EXY: Tensor, order: Order) -> Tensor:
     return F.grouped_mm(x_RX, weight_EXY, offs=order.end_E)
 
 
-@lru_cache
+@torch.compiler.assume_constant_result  # a GPU's properties are nothing that torch.compile can trace
 def _has_room(device: torch.device) -> bool:
     """Whether the GPU runs the tiles that were measured."""
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= _TILE_BYTES

@@ -243,9 +243,10 @@ def test_groups_may_begin_anywhere_in_grouped_products(k):
 
 @pytest.mark.parametrize(("room", "dtype", "chosen"), [(232448, torch.bfloat16, "triton"), (101376, torch.bfloat16, "grouped")])
 def test_auto_takes_our_kernels_where_their_tiles_fit(monkeypatch, room, dtype, chosen):
-    experts_module._has_room.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(shared_memory_per_block_optin=room))
     monkeypatch.setattr(experts_module, "_HAS_TRITON", True)
     assert experts_of()._chosen("auto", dtype, torch.device("cuda")) is experts_module._BACKENDS[chosen]
     assert experts_of()._chosen("auto", torch.float64, torch.device("cuda")) is experts_module._BACKENDS["padded"]
-    experts_module._has_room.cache_clear()
+    torch.compiler.reset()  # a compiler that looked into the properties would stop there; what it made before must not be taken
+    compiled = torch.compile(lambda x: x + experts_module._has_room(x.device), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)).item() == (chosen == "triton")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ from expert_problems import DEVICE, distance, expert_layer, tokens, triton_runs
 from test_experts import experts_of, random_routing, results
 from torch.utils.flop_counter import FlopCounterMode
 
+from dotcbm.moe import experts as experts_module
 from dotcbm.moe import flops
 from dotcbm.moe.dispatch import Order
 from dotcbm.moe.experts import Experts
@@ -259,3 +261,12 @@ def test_maps_are_made_once():
     rows = Rows(sort_by_expert(random_routing(34, 50, 8, 2)[0], 8), 2)
     assert rows.tiles(64) is rows.tiles(64)
     assert rows.num_rows == 100
+
+
+def test_auto_knows_what_the_tiles_need():
+    sizes = [(inner, columns) for inner in (384, 768, 3072) for columns in (384, 768, 1000)]
+    for product, dtype in itertools.product(triton_launch.PRODUCTS, (torch.float32, torch.bfloat16)):
+        every = [tiles_of(product, dtype, inner=inner, columns=columns) for inner, columns in sizes]
+        needed = [tiles.num_stages * tiles.inner * (tiles.rows + tiles.columns) * dtype.itemsize for tiles in every]
+        assert max(needed) <= experts_module._TILE_BYTES
+        assert product not in ("down", "token") or dtype == torch.float32 or max(needed) == experts_module._TILE_BYTES

@@ -119,14 +119,19 @@ def test_examples_show_the_patches_that_the_layer_routes(record, dot, encoder):
     assert {shown.why for row in layer.experts for shown in row.pictures} <= {"surest", "drawn at random"}
 
 
-def test_the_background_share_is_that_of_the_masks(record, encoder):
-    """By hand: patches of an expert, weighted with the share of the patch that is outside."""
+def routed(encoder: ImageEncoder) -> torch.Tensor:
+    """(40, P) the share of each patch that is outside; the encoder's layers then hold the routing of these pictures."""
     dataset = DRAWN.load("test")
-    outside_NP = torch.cat([1 - coverage(dataset.read_foreground(n)[None], grid=(8, 8)) for n in range(40)])
     data = ConceptDataModule(DRAWN, batch_size=40, cache_dir=None)
     data.use_encoder(encoder)
     with torch.no_grad():
         encoder(next(iter(data.plain_loader("test"))).image_B3HW)
+    return torch.cat([1 - coverage(dataset.read_foreground(n)[None], grid=(8, 8)) for n in range(40)])
+
+
+def test_the_background_share_is_that_of_the_masks(record, encoder):
+    """By hand: patches of an expert, weighted with the share of the patch that is outside."""
+    outside_NP = routed(encoder)
     layer = list(moe_layers(encoder).values())[1]
     assert layer.routing is not None
     index_NP = layer.routing.index_TK.view(40, -1)[:, layer.count_prefix :]
@@ -142,12 +147,7 @@ def test_two_active_experts_share_each_patch():
         moe = {"num_experts": 4, "k": 2, "arguments": {"patch_size": 8, "depth": 2}, "blocks": "all"}
         encoder = ImageEncoder("vit_moe/test", pretrained=False, moe=moe)
     found = audited(model_of(encoder, PublishedDotCBM, dim=8, iterations=3)).experts
-    dataset = DRAWN.load("test")
-    outside_NP = torch.cat([1 - coverage(dataset.read_foreground(n)[None], grid=(8, 8)) for n in range(40)])
-    data = ConceptDataModule(DRAWN, batch_size=40, cache_dir=None)
-    data.use_encoder(encoder)
-    with torch.no_grad():
-        encoder(next(iter(data.plain_loader("test"))).image_B3HW)
+    outside_NP = routed(encoder)
     for layer, held in zip(found, moe_layers(encoder).values(), strict=True):
         assert held.routing is not None
         index_NPK = held.routing.index_TK.view(40, -1, 2)[:, held.count_prefix :]
