@@ -26,6 +26,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dotcbm.transport.memory import fresh_like
 from dotcbm.transport.plan import Settings, TransportPlan, safe_log, side_target
 
 __all__ = ["SLOW", "solve_torch"]
@@ -41,7 +42,7 @@ def solve_torch(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings: 
     """See `dotcbm.transport.sinkhorn.sinkhorn`. Inputs are checked, of one floating type, batched on every side; no gradients."""
     B, N, M = cost_BNM.shape
     plan_BNM, log_u_BN, log_v_BM = (
-        torch.empty_like(cost_BNM, memory_format=torch.contiguous_format),
+        fresh_like(cost_BNM),
         cost_BNM.new_empty(B, N),
         cost_BNM.new_empty(B, M),
     )

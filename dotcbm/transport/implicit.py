@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dotcbm.transport.memory import fresh_like
 from dotcbm.transport.plan import Settings, TransportPlan
 
 __all__ = ["attach_gradient"]
@@ -80,7 +81,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, N, M = cost_BNM.shape
     d_cost, d_theta, d_gamma = (
-        torch.empty_like(cost_BNM, memory_format=torch.contiguous_format),
+        fresh_like(cost_BNM),
         torch.empty_like(theta_BN),
         torch.empty_like(gamma_BM),
     )
