@@ -94,6 +94,7 @@ def _backward(
     of_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from dotcbm.moe import triton_launch as launch
+    from dotcbm.moe.triton_lanes import lanes
     from dotcbm.moe.triton_sorting import Sorted
 
     found = _empty_gradients(x_TD, gate_TK, up_EDH, down_EHD, down_bias_ED is not None, has_up_bias, of_tokens, of_weights)
@@ -102,17 +103,23 @@ def _backward(
     dx_TD, _, d_up_EDH, d_up_bias_EH, d_down_EHD, d_down_bias_ED = found
     dy_TD = dy_TD.contiguous()
     rows = launch.Rows(Sorted(order_R, inverse_R, end_E), index_TK.shape[1])
-    sums = d_up_bias_EH if has_up_bias and of_weights else None
-    dz_RH, dgate_NR = launch.hidden(dy_TD, down_EHD, z_RH, gate_TK, rows, d_bias_EH=sums, has_down_bias=down_bias_ED is not None)
-    if of_weights:
-        launch.weight("down_weight", gated_RH, dy_TD, rows, d_down_EHD)
-        launch.weight("up_weight", x_TD, dz_RH, rows, d_up_EDH)
-    if of_tokens:
-        dx_TD = launch.out("token", dz_RH, up_EDH, None, gate_TK, rows)
+    of_bias_R = gate_TK.new_empty(rows.num_rows if down_bias_ED is not None else 0)
+    with lanes(z_RH.numel(), dy_TD.device, 2) as (first, second):
+        if of_weights:
+            launch.weight("down_weight", dy_TD, gated_RH, rows, d_down_EHD, lane=first)
+        if down_bias_ED is not None:
+            sums = d_down_bias_ED if of_weights else None
+            launch.down_bias(dy_TD, down_bias_ED, gate_TK, index_TK, rows, of_bias_R, sums, lane=second)
+        sums = d_up_bias_EH if has_up_bias and of_weights else None
+        dz_RH, dgate_NR = launch.hidden(dy_TD, down_EHD, z_RH, gate_TK, rows, d_bias_EH=sums)
+        if of_tokens:
+            dx_TD = launch.out("token", dz_RH, up_EDH, None, gate_TK, rows, lane=second)
+        if of_weights:
+            launch.weight("up_weight", x_TD, dz_RH, rows, d_up_EDH)
+    dgate_R = dgate_NR.sum(0)
     if down_bias_ED is not None:
-        launch.down_bias(dy_TD, down_bias_ED, gate_TK, index_TK, rows, dgate_NR[-1], d_down_bias_ED if of_weights else None)
-    dgate_TK = dgate_NR.sum(0).view_as(gate_TK)
-    return dx_TD, dgate_TK, d_up_EDH, d_up_bias_EH, d_down_EHD, d_down_bias_ED
+        dgate_R += of_bias_R
+    return dx_TD, dgate_R.view_as(gate_TK), d_up_EDH, d_up_bias_EH, d_down_EHD, d_down_bias_ED
 
 
 def _empty_gradients(

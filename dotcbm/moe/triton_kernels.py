@@ -8,16 +8,18 @@ the gradient of that token's output,
     hidden  dh = dy down^T;  dz = g dh GELU'(z);  dg = sum dh GELU(z);  sums of dz over a tile's rows      dy read through the order
     token   dx = dz up^T                                      as `down`
     bias    dg += dy bias;  sums of g dy over a tile's rows   dy read through the order, no product; for K = 1 alone
-    weight  d(up) = x^T dz;  d(down) = gated^T dy             over the rows of a chunk of one expert; x, dy read through the order
+    weight  d(up) = x^T dz;  d(down)^T = dy^T gated           over the rows of a chunk of one expert; x, dy read through the order
 
 The gate enters with GELU and not with the output: then the gradient of `down` is a plain product of what is in memory, and no product has
 to scale an operand on its way from memory to the tensor cores (ScatterMoE, arXiv 2403.08245, scales the gradient in a pass of its own).
 That d(gate) comes out of dh and GELU(z), and needs no output of the experts, is SonicMoE's (arXiv 2512.14080). Ours: GELU(z) is kept
 beside z, since here it needs no recomputation and costs a dense MLP in PyTorch the same memory.
 
-A program takes up to BM rows of one expert, which it finds in a map (see `triton_sorting`), by BN columns; programs next to each other
-take the same rows, so that these are read from memory once. Sums are in float32, and nothing is added atomically: results are the same
-in every run. Rows beyond the end of a tile repeat its last one where they are read, and are not written.
+A tile is up to BM rows of one expert, which a map tells (see `triton_sorting`), by BN columns; programs next to each other take the same
+rows, so that these are read from memory once. In `up`, `down` and `token` a program stays and takes one tile after another: the loops over
+tiles and over a tile's steps are one for the compiler, which so has the operands of the next tile read while the last is finished. In
+`hidden` this does not pay, as the sums of columns are products too. Sums are in float32, and nothing is added atomically: results are the
+same in every run. Rows beyond the end of a tile repeat its last one where they are read, and are not written.
 """
 
 # Triton compiles these functions; to a checker of Python their values are not what they are.
@@ -103,12 +105,15 @@ def _normal(z):
 
 
 @triton.jit
-def _tile(tile_ptr, N, BN: tl.constexpr):
-    """This program's tile, its expert (-1: none) and rows, and its first column."""
-    across = tl.cdiv(N, BN)
-    tile = tl.program_id(0) // across
-    expert, begin, end = tl.load(tile_ptr + 4 * tile), tl.load(tile_ptr + 4 * tile + 1), tl.load(tile_ptr + 4 * tile + 2)
-    return tile, expert, begin, end, tl.program_id(0) % across
+def _rows_of(tile_ptr, tile):
+    """A tile's expert (-1: none) and rows."""
+    return tl.load(tile_ptr + 4 * tile), tl.load(tile_ptr + 4 * tile + 1), tl.load(tile_ptr + 4 * tile + 2)
+
+
+@triton.jit
+def _num_tiles(last_ptr):
+    """How many there are: the last expert's first tile and their number."""
+    return tl.load(last_ptr) + tl.load(last_ptr + 1)
 
 
 @triton.jit
@@ -135,41 +140,27 @@ def _multiply(
 
     Through descriptors `a` is read from row a_row on, else in rows row_M.
     """
-    offs_k = tl.arange(0, BK)
     offs_n = n0 + tl.arange(0, BN)
-    if not A_DESC:
-        a_ptrs = a + row_M[:, None].to(tl.int64) * K + offs_k[None, :]
-    if not B_DESC:
-        if B_TRANSPOSED:
-            b_ptrs = b + (b_row + offs_n)[None, :].to(tl.int64) * K + offs_k[:, None]
-        else:
-            b_ptrs = b + (b_row + offs_k)[:, None].to(tl.int64) * N + offs_n[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, K, BK):
+        offs_k = k + tl.arange(0, BK)
         if A_DESC:
             a_tile = a.load([a_row, k])
-        elif EVEN_K:
-            a_tile = tl.load(a_ptrs)
         else:
-            a_tile = tl.load(a_ptrs, mask=(offs_k < K - k)[None, :], other=0.0)
-        if B_DESC and B_TRANSPOSED:
-            b_tile = tl.trans(b.load([b_row + n0, k]))
-        elif B_DESC:
-            b_tile = b.load([b_row + k, n0])
-        elif EVEN_K and EVEN_N:
-            b_tile = tl.load(b_ptrs)
+            a_ptrs = a + row_M[:, None].to(tl.int64) * K + offs_k[None, :]
+            a_tile = tl.load(a_ptrs) if EVEN_K else tl.load(a_ptrs, mask=(offs_k < K)[None, :], other=0.0)
+        if B_DESC:
+            b_tile = tl.trans(b.load([b_row + n0, k])) if B_TRANSPOSED else b.load([b_row + k, n0])
         else:
-            b_tile = tl.load(b_ptrs, mask=(offs_k < K - k)[:, None] & (offs_n < N)[None, :], other=0.0)
+            if B_TRANSPOSED:
+                b_ptrs = b + (b_row + offs_n)[None, :].to(tl.int64) * K + offs_k[:, None]
+            else:
+                b_ptrs = b + (b_row + offs_k)[:, None].to(tl.int64) * N + offs_n[None, :]
+            held = (offs_k < K)[:, None] & (offs_n < N)[None, :]
+            b_tile = tl.load(b_ptrs) if EVEN_K and EVEN_N else tl.load(b_ptrs, mask=held, other=0.0)
         if WIDEN:
             a_tile, b_tile = a_tile.to(tl.float32), b_tile.to(tl.float32)
         acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee")
-        if not A_DESC:
-            a_ptrs += BK
-        if not B_DESC:
-            if B_TRANSPOSED:
-                b_ptrs += BK
-            else:
-                b_ptrs += BK * N
     return acc
 
 
@@ -192,6 +183,7 @@ def up_kernel(
     gate_ptr,
     order_ptr,
     tile_ptr,
+    last_ptr,
     z_ptr,
     gated_ptr,
     D,
@@ -209,29 +201,30 @@ def up_kernel(
     PARTS: tl.constexpr,
 ):
     """z = x up + bias, written where KEEP, and g GELU(z)."""
-    _, expert, begin, end, n = _tile(tile_ptr, H, BN)
-    if expert < 0:
-        return
-    row = begin + tl.arange(0, BM)
-    assignment = tl.load(order_ptr + tl.minimum(row, end - 1))
-    acc = _multiply(x, up, assignment // SLOTS, 0, expert * D, n * BN, D, H, False, B_DESC, False, EVEN_K, EVEN_N, WIDEN, BM, BN, BK)
-    gate = tl.load(gate_ptr + assignment)
-    parts = _split(acc, BM, BN, PARTS)
-    for j in tl.static_range(PARTS):
-        offs_n = n * BN + j * (BN // PARTS) + tl.arange(0, BN // PARTS)
-        z = parts[j]
-        if HAS_BIAS:
-            z += tl.load(bias_ptr + expert.to(tl.int64) * H + offs_n, mask=offs_n < H, other=0.0).to(tl.float32)[None, :]
-        z = z.to(gated_ptr.dtype.element_ty)  # rounded first: backward sees the z that GELU saw
-        ok = (row < end)[:, None]
-        if not EVEN_N:
-            ok = ok & (offs_n < H)[None, :]
-        at = row[:, None].to(tl.int64) * H + offs_n[None, :]
-        if KEEP:
-            tl.store(z_ptr + at, z, mask=ok)
-        z = z.to(tl.float32)
-        below, _ = _normal(z)
-        tl.store(gated_ptr + at, z * below * gate[:, None], mask=ok)
+    across = tl.cdiv(H, BN)
+    for i in tl.range(tl.program_id(0), _num_tiles(last_ptr) * across, tl.num_programs(0), flatten=True):
+        n = i % across
+        expert, begin, end = _rows_of(tile_ptr, i // across)
+        row = begin + tl.arange(0, BM)
+        assignment = tl.load(order_ptr + tl.minimum(row, end - 1))
+        acc = _multiply(x, up, assignment // SLOTS, 0, expert * D, n * BN, D, H, False, B_DESC, False, EVEN_K, EVEN_N, WIDEN, BM, BN, BK)
+        gate = tl.load(gate_ptr + assignment)
+        parts = _split(acc, BM, BN, PARTS)
+        for j in tl.static_range(PARTS):
+            offs_n = n * BN + j * (BN // PARTS) + tl.arange(0, BN // PARTS)
+            z = parts[j]
+            if HAS_BIAS:
+                z += tl.load(bias_ptr + expert.to(tl.int64) * H + offs_n, mask=offs_n < H, other=0.0).to(tl.float32)[None, :]
+            z = z.to(gated_ptr.dtype.element_ty)  # rounded first: backward sees the z that GELU saw
+            ok = (row < end)[:, None]
+            if not EVEN_N:
+                ok = ok & (offs_n < H)[None, :]
+            at = row[:, None].to(tl.int64) * H + offs_n[None, :]
+            if KEEP:
+                tl.store(z_ptr + at, z, mask=ok)
+            z = z.to(tl.float32)
+            below, _ = _normal(z)
+            tl.store(gated_ptr + at, z * below * gate[:, None], mask=ok)
 
 
 @triton.jit
@@ -242,6 +235,7 @@ def out_kernel(
     gate_ptr,
     order_ptr,
     tile_ptr,
+    last_ptr,
     out_ptr,
     K,
     N,
@@ -256,23 +250,31 @@ def out_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """Rows times their expert's weight, or its transpose, plus gate times bias; with SCATTER written to the token's row."""
-    _, expert, begin, end, n = _tile(tile_ptr, N, BN)
-    if expert < 0:
-        return
-    row = begin + tl.arange(0, BM)
-    rows = tl.minimum(row, end - 1)
-    if SCATTER or HAS_BIAS:
-        assignment = tl.load(order_ptr + rows)
-    b_row = expert * N if TRANSPOSED else expert * K
-    acc = _multiply(a, weight, rows, begin, b_row, n * BN, K, N, A_DESC, B_DESC, TRANSPOSED, EVEN_K, EVEN_N, WIDEN, BM, BN, BK)
-    offs_n = n * BN + tl.arange(0, BN)
-    to = assignment if SCATTER else rows
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + expert.to(tl.int64) * N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-        acc += tl.load(gate_ptr + assignment)[:, None] * bias[None, :]
-    tl.store(out_ptr + to[:, None].to(tl.int64) * N + offs_n[None, :], acc, mask=(row < end)[:, None] & (offs_n < N)[None, :])
+    across = tl.cdiv(N, BN)
+    for i in tl.range(tl.program_id(0), _num_tiles(last_ptr) * across, tl.num_programs(0), flatten=True):
+        n = i % across
+        expert, begin, end = _rows_of(tile_ptr, i // across)
+        row = begin + tl.arange(0, BM)
+        rows = tl.minimum(row, end - 1)
+        b_row = expert * N if TRANSPOSED else expert * K
+        acc = _multiply(a, weight, rows, begin, b_row, n * BN, K, N, A_DESC, B_DESC, TRANSPOSED, EVEN_K, EVEN_N, WIDEN, BM, BN, BK)
+        if SCATTER or HAS_BIAS:
+            assignment = tl.load(order_ptr + rows)
+        to = assignment if SCATTER else rows
+        if HAS_BIAS:
+            gate = tl.load(gate_ptr + assignment)
+        parts = _split(acc, BM, BN, PARTS)
+        for j in tl.static_range(PARTS):
+            offs_n = n * BN + j * (BN // PARTS) + tl.arange(0, BN // PARTS)
+            y = parts[j]
+            if HAS_BIAS:
+                bias = tl.load(bias_ptr + expert.to(tl.int64) * N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+                y += gate[:, None] * bias[None, :]
+            ok = (row < end)[:, None] & (offs_n < N)[None, :]
+            tl.store(out_ptr + to[:, None].to(tl.int64) * N + offs_n[None, :], y, mask=ok)
 
 
 @triton.jit
@@ -301,7 +303,9 @@ def hidden_gradient_kernel(
     PARTS: tl.constexpr,
 ):
     """dz; what these columns contribute to d(gate), at dgate[n, assignment]; and dz summed over the tile's rows, at sum[tile, column]."""
-    tile, expert, begin, end, n = _tile(tile_ptr, H, BN)
+    across = tl.cdiv(H, BN)
+    tile, n = tl.program_id(0) // across, tl.program_id(0) % across
+    expert, begin, end = _rows_of(tile_ptr, tile)
     if expert < 0:
         return
     row = begin + tl.arange(0, BM)
@@ -343,7 +347,8 @@ def bias_gradient_kernel(
     BN: tl.constexpr,
 ):
     """K = 1: what the bias of `down` adds to d(gate), at dgate[token]; with SUM, g dy summed over the tile's rows, at sum[tile, column]."""
-    tile, expert, begin, end, _ = _tile(tile_ptr, 1, 1)
+    tile = tl.program_id(0)
+    expert, begin, end = _rows_of(tile_ptr, tile)
     if expert < 0:
         return
     row = begin + tl.arange(0, BM)
@@ -364,7 +369,7 @@ def bias_gradient_kernel(
 
 @triton.jit
 def weight_gradient_kernel(
-    a,
+    a_ptr,
     b,
     order_ptr,
     tile_ptr,
@@ -374,8 +379,8 @@ def weight_gradient_kernel(
     N,
     size,
     SLOTS,
-    GATHER_A: tl.constexpr,
-    DESC: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    B_DESC: tl.constexpr,
     EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -385,39 +390,34 @@ def weight_gradient_kernel(
 ):
     """The sum of a^T b over a chunk of an expert's rows: to `out` where it is the only one, else in float32 to its slot of `work`.
 
-    One of a, with GATHER_A, and b is read in the rows of the tokens, and the other, with DESC through a descriptor, in the order of
-    experts. There the rows after the chunk are not masked, as those that they are multiplied with are zero.
+    `a` is read in the rows of the tokens and `b`, with B_DESC through a descriptor, in the order of experts: there the rows after the chunk
+    are not masked, as those that they are multiplied with are zero. The result is written as it is or, TRANSPOSED, as b^T a.
     """
     across, down = tl.cdiv(N, BN), tl.cdiv(M, BM)
     tile = tl.program_id(0) // (across * down)
     m, n = tl.program_id(0) // across % down, tl.program_id(0) % across
-    expert, begin, end = tl.load(tile_ptr + 4 * tile), tl.load(tile_ptr + 4 * tile + 1), tl.load(tile_ptr + 4 * tile + 2)
+    expert, begin, end = _rows_of(tile_ptr, tile)
     if expert < 0:
         return
     offs_m, offs_n, offs_k = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN), tl.arange(0, BK)
     acc = tl.zeros((BM, BN), tl.float32)
-    # Read one step ahead: a load that waits for another would stop the tensor cores at every step.
-    token = tl.load(order_ptr + begin + offs_k, mask=begin + offs_k < end, other=0) // SLOTS
     for r in range(begin, end, BK):
         row = r + offs_k
         ok = row < end
-        row_a, row_b = (token, row) if GATHER_A else (row, token)
-        if DESC and not GATHER_A:
-            a_tile = a.load([r, m * BM])
-        else:
-            a_ok = ok[:, None] if EVEN_M else ok[:, None] & (offs_m < M)[None, :]
-            a_tile = tl.load(a + row_a[:, None].to(tl.int64) * M + offs_m[None, :], mask=a_ok, other=0.0)
-        if DESC and GATHER_A:
+        # A load that waits for another: with five stages the compiler has the order two steps before the rows, and these two before use.
+        token = tl.load(order_ptr + row, mask=ok, other=0) // SLOTS
+        a_ok = ok[:, None] if EVEN_M else ok[:, None] & (offs_m < M)[None, :]
+        a_tile = tl.load(a_ptr + token[:, None].to(tl.int64) * M + offs_m[None, :], mask=a_ok, other=0.0)
+        if B_DESC:
             b_tile = b.load([r, n * BN])
         else:
             b_ok = ok[:, None] if EVEN_N else ok[:, None] & (offs_n < N)[None, :]
-            b_tile = tl.load(b + row_b[:, None].to(tl.int64) * N + offs_n[None, :], mask=b_ok, other=0.0)
-        token = tl.load(order_ptr + row + BK, mask=row + BK < end, other=0) // SLOTS
+            b_tile = tl.load(b + row[:, None].to(tl.int64) * N + offs_n[None, :], mask=b_ok, other=0.0)
         if WIDEN:
             a_tile, b_tile = a_tile.to(tl.float32), b_tile.to(tl.float32)
         acc = tl.dot(tl.trans(a_tile), b_tile, acc, input_precision="ieee")
     slot = tl.load(tile_ptr + 4 * tile + 3)
-    at = offs_m[:, None] * N + offs_n[None, :]
+    at = offs_n[None, :] * M + offs_m[:, None] if TRANSPOSED else offs_m[:, None] * N + offs_n[None, :]
     held = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     if slot < 0:
         tl.store(out_ptr + expert.to(tl.int64) * size + at, acc, mask=held)

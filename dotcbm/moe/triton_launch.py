@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dotcbm.moe import triton_kernels as kernels
+from dotcbm.moe.triton_lanes import Lane
 from dotcbm.moe.triton_sorting import Sorted, TileMap, tile_map
 
 __all__ = ["PRODUCTS", "Product", "Rows", "Tiles", "chunk_size", "down_bias", "hidden", "out", "tiles_of", "up", "weight"]
@@ -38,8 +39,9 @@ _ROUNDS = 4
 _SUM_TILES, _SUM_COLUMNS, _SUMMED_TOKENS, _ADDED = 16, 128, 32, 1024
 # And those of a bias's gradient: rows, of which there is a map anyway, and columns.
 _BIAS_ROWS, _BIAS_COLUMNS = 128, 64
-# Sums up to this length are short (see `tiles_of`).
+# Sums and sides up to this length are short (see `tiles_of`).
 _FEW_STEPS = 512
+_HERE = Lane(None)
 _ALIGNMENT = 16  # bytes, of a descriptor's rows
 
 
@@ -57,28 +59,35 @@ class Tiles(NamedTuple):
     num_stages: int
     descriptors: bool
     parts: int = 4
-    """Pieces of the columns, 1, 2, 4 or 8, that "up" and "hidden" finish one after another; more need fewer registers."""
+    """Pieces of the columns, 1, 2, 4 or 8, that are finished one after another; more need fewer registers. Not of weight gradients."""
     max_registers: int | None = None
     """Per thread; 128 let two programs of 8 warps share a multiprocessor."""
+
+    @property
+    def sharing(self) -> int:
+        """Programs that share a multiprocessor: how many are started where they take one tile after another."""
+        return 1 if self.max_registers is None else 2
 
 
 def tiles_of(product: Product, dtype: torch.dtype, *, inner: int, columns: int) -> Tiles:
     """One of two shapes, so that a kernel is compiled twice at most for each type, K = 1 and sizes that divide; chosen by measurement.
 
     Two small programs on a multiprocessor serve each other: while one waits for its first operands or finishes what it has multiplied, the
-    other multiplies. Only long sums with little to finish are bound by what has to be read from the cache, of which wide tiles need less.
+    other multiplies. Long sums are bound by what has to be read from the cache, of which wide tiles need less; but "hidden" has too much
+    to finish.
 
     Args:
         product: Which.
         dtype: Of its operands.
-        inner: Length of its sums.
+        inner: Length of its sums; of a weight gradient, whose sums are over rows, the side that belongs to tokens (D).
         columns: N.
     """
+    of_weight = product in ("up_weight", "down_weight")
     if dtype == torch.float32:  # no tensor cores in full precision
-        return Tiles(64, 64, 32, 4, 2, descriptors=False, parts=1)
-    if product in ("down", "token") and inner > _FEW_STEPS and columns % 256 == 0:
-        return Tiles(128, 256, 64, 8, 4, descriptors=True)
-    return Tiles(128, 128, 64, 8, 3, descriptors=True, max_registers=128)
+        return Tiles(64, 64, 32, 4, 4 if of_weight else 2, descriptors=False, parts=1)
+    if product != "hidden" and inner > _FEW_STEPS and columns % 256 == 0:
+        return Tiles(128, 256, 64, 8, 5 if of_weight else 4, descriptors=True)
+    return Tiles(128, 128, 64, 8, 5 if of_weight else 3, descriptors=True, max_registers=128)
 
 
 @dataclass
@@ -109,15 +118,16 @@ def up(
     tiles = tiles or tiles_of("up", x_TD.dtype, inner=D, columns=H)
     gated_RH = x_TD.new_empty(rows.num_rows, H)
     z_RH = x_TD.new_empty(gated_RH.shape if keep else (0,))
-    tile_L4 = rows.tiles(tiles.rows).tile_L4
+    tile_L4, span_E3 = rows.tiles(tiles.rows)
     weight, described = _described(up_EDH, (tiles.inner, tiles.columns), tiles, inner=D)
-    _UP[_grid(tile_L4, H, tiles)](
+    _UP[_staying(tile_L4, H, tiles)](
         x_TD,
         weight,
         bias_EH,
         gate_TK,
         rows.sorted.order_R,
         tile_L4,
+        span_E3[-1],
         z_RH,
         gated_RH,
         D,
@@ -141,6 +151,7 @@ def out(
     rows: Rows,
     *,
     tiles: Tiles | None = None,
+    lane: Lane = _HERE,
 ) -> Tensor:
     """(T, D) the sum over a token's experts of rows times `weight` (E, H, D), or for "token" the transpose of `weight` (E, D, H)."""
     transposed = product == "token"
@@ -148,37 +159,41 @@ def out(
     inner, columns = sizes[::-1] if transposed else sizes
     tiles = tiles or tiles_of(product, a_RX.dtype, inner=inner, columns=columns)
     row_RN = a_RX.new_empty(rows.num_rows, columns)
-    tile_L4 = rows.tiles(tiles.rows).tile_L4
+    result = row_RN if rows.k == 1 else a_RX.new_empty(rows.num_rows // rows.k, columns)
+    tile_L4, span_E3 = rows.tiles(tiles.rows)
     a, a_described = _described(a_RX, (tiles.rows, tiles.inner), tiles, inner=inner)
     block = (tiles.columns, tiles.inner) if transposed else (tiles.inner, tiles.columns)
     b, b_described = _described(weight, block, tiles, inner=inner)
-    _OUT[_grid(tile_L4, columns, tiles)](
-        a,
-        b,
-        bias,
-        gate_TK,
-        rows.sorted.order_R,
-        tile_L4,
-        row_RN,
-        inner,
-        columns,
-        HAS_BIAS=bias is not None,
-        TRANSPOSED=transposed,
-        SCATTER=rows.k == 1,
-        A_DESC=a_described,
-        B_DESC=b_described,
-        **_compiled(a_RX, tiles, inner, columns),
-    )
-    return row_RN if rows.k == 1 else add_slots(row_RN, rows)
-
-
-def add_slots(row_RD: Tensor, rows: Rows) -> Tensor:
-    """(T, D) sums over each token's K rows."""
-    T, D = rows.num_rows // rows.k, row_RD.shape[1]
-    result = row_RD.new_empty(T, D)
-    grid = (triton.cdiv(T, _SUMMED_TOKENS), triton.cdiv(D, _SUM_COLUMNS))
-    _ADD_SLOTS[grid](row_RD, rows.sorted.inverse_R, result, T, D, SLOTS=rows.k, BT=_SUMMED_TOKENS, B=_SUM_COLUMNS)
+    with lane.using(row_RN):
+        _OUT[_staying(tile_L4, columns, tiles)](
+            a,
+            b,
+            bias,
+            gate_TK,
+            rows.sorted.order_R,
+            tile_L4,
+            span_E3[-1],
+            row_RN,
+            inner,
+            columns,
+            HAS_BIAS=bias is not None,
+            TRANSPOSED=transposed,
+            SCATTER=rows.k == 1,
+            A_DESC=a_described,
+            B_DESC=b_described,
+            PARTS=tiles.parts,
+            **_compiled(a_RX, tiles, inner, columns),
+        )
+        if rows.k > 1:
+            _add_slots(row_RN, rows, result)
     return result
+
+
+def _add_slots(row_RD: Tensor, rows: Rows, result_TD: Tensor) -> None:
+    """Sums over each token's K rows."""
+    T, D = result_TD.shape
+    grid = (triton.cdiv(T, _SUMMED_TOKENS), triton.cdiv(D, _SUM_COLUMNS))
+    _ADD_SLOTS[grid](row_RD, rows.sorted.inverse_R, result_TD, T, D, SLOTS=rows.k, BT=_SUMMED_TOKENS, B=_SUM_COLUMNS)
 
 
 def hidden(
@@ -189,18 +204,14 @@ def hidden(
     rows: Rows,
     *,
     d_bias_EH: Tensor | None = None,
-    has_down_bias: bool = False,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(R, H) dz, and (parts, R) float32 whose sum is d(gate); the gradient of the up bias is written to `d_bias_EH`.
-
-    The last part is left to `down_bias` where `has_down_bias`.
-    """
+    """(R, H) dz, and (parts, R) float32 whose sum is d(gate) but for the bias's part; writes the up bias's gradient to `d_bias_EH`."""
     E, H, D = down_EHD.shape
     tiles = tiles or tiles_of("hidden", dy_TD.dtype, inner=D, columns=H)
     tile_L4, span_E3 = rows.tiles(tiles.rows)
     dz_RH = torch.empty_like(z_RH)
-    dgate_NR = gate_TK.new_empty(triton.cdiv(H, tiles.columns) + has_down_bias, rows.num_rows)
+    dgate_NR = gate_TK.new_empty(triton.cdiv(H, tiles.columns), rows.num_rows)
     sum_LH = gate_TK.new_empty((len(tile_L4), H) if d_bias_EH is not None else (0,))
     weight, described = _described(down_EHD, (tiles.columns, tiles.inner), tiles, inner=D)
     _HIDDEN[_grid(tile_L4, H, tiles)](
@@ -228,76 +239,87 @@ def hidden(
 
 
 def down_bias(
-    dy_TD: Tensor, bias_ED: Tensor, gate_TK: Tensor, index_TK: Tensor, rows: Rows, dgate_R: Tensor, d_bias_ED: Tensor | None
+    dy_TD: Tensor,
+    bias_ED: Tensor,
+    gate_TK: Tensor,
+    index_TK: Tensor,
+    rows: Rows,
+    dgate_R: Tensor,
+    d_bias_ED: Tensor | None,
+    *,
+    lane: Lane = _HERE,
 ) -> None:
     """Write the bias's part of d(gate), by assignment, to `dgate_R`, and its gradient to `d_bias_ED`."""
-    E, D = bias_ED.shape
+    (T, D), E = dy_TD.shape, len(bias_ED)
     if rows.k > 1:  # two products over tokens read less than a pass over rows
-        dgate_R.view_as(gate_TK).copy_((dy_TD @ bias_ED.T).gather(1, index_TK))
-        if d_bias_ED is not None:
-            gate_TE = dy_TD.new_zeros(len(dy_TD), E).scatter_(1, index_TK, gate_TK.to(dy_TD.dtype))
-            torch.mm(gate_TE.T, dy_TD, out=d_bias_ED)
+        product_TE, gate_TE = dy_TD.new_empty(T, E), dy_TD.new_empty(T, E)
+        found_TK, rounded_TK = dy_TD.new_empty(gate_TK.shape), dy_TD.new_empty(gate_TK.shape)
+        with lane.using(product_TE, gate_TE, found_TK, rounded_TK):
+            torch.mm(dy_TD, bias_ED.T, out=product_TE)
+            dgate_R.view_as(gate_TK).copy_(torch.gather(product_TE, 1, index_TK, out=found_TK))
+            if d_bias_ED is not None:
+                gate_TE.zero_().scatter_(1, index_TK, rounded_TK.copy_(gate_TK))
+                torch.mm(gate_TE.T, dy_TD, out=d_bias_ED)
         return
     tile_L4, span_E3 = rows.tiles(_BIAS_ROWS)
     sum_LD = gate_TK.new_empty((len(tile_L4), D) if d_bias_ED is not None else (0,))
     operands = (dy_TD, bias_ED, gate_TK, rows.sorted.order_R, tile_L4, dgate_R, sum_LD)
-    _BIAS[(len(tile_L4),)](*operands, D, SUM=d_bias_ED is not None, BM=_BIAS_ROWS, BN=_BIAS_COLUMNS, num_warps=8)
-    if d_bias_ED is not None:
-        _ADD_TILES[(triton.cdiv(D, _SUM_COLUMNS), E)](sum_LD, span_E3, d_bias_ED, D, L=_SUM_TILES, B=_SUM_COLUMNS)
+    with lane.using(sum_LD):
+        _BIAS[(len(tile_L4),)](*operands, D, SUM=d_bias_ED is not None, BM=_BIAS_ROWS, BN=_BIAS_COLUMNS, num_warps=8)
+        if d_bias_ED is not None:
+            _ADD_TILES[(triton.cdiv(D, _SUM_COLUMNS), E)](sum_LD, span_E3, d_bias_ED, D, L=_SUM_TILES, B=_SUM_COLUMNS)
 
 
 def weight(
     product: Literal["up_weight", "down_weight"],
-    a: Tensor,
-    b: Tensor,
+    token_TD: Tensor,
+    row_RH: Tensor,
     rows: Rows,
-    result_EMN: Tensor,
+    result: Tensor,
     *,
     chunk: int | None = None,
     tiles: Tiles | None = None,
+    lane: Lane = _HERE,
 ) -> None:
-    """Write each expert's a^T b: x^T dz for "up_weight", gated^T dy for "down_weight".
+    """Write each expert's x^T dz for "up_weight", (E, D, H), or gated^T dy for "down_weight", (E, H, D).
 
     Args:
-        product: Which; x and dy are in the order of tokens, the others in that of experts.
-        a: (T, M) or (R, M).
-        b: (R, N) or (T, N).
+        product: Which.
+        token_TD: (T, D) x or dy, in the order of tokens.
+        row_RH: (R, H) dz or gated, in that of experts.
         rows: Their order.
-        result_EMN: Where to.
+        result: Where to.
         chunk: Rows that one program sums at most; None for `chunk_size`.
         tiles: None for `tiles_of`.
+        lane: Where to launch.
     """
-    E, M, N = result_EMN.shape
-    tiles = tiles or tiles_of(product, a.dtype, inner=rows.num_rows, columns=N)
-    gather_a = product == "up_weight"
-    per_chunk = triton.cdiv(M, tiles.rows) * triton.cdiv(N, tiles.columns)
-    chunk = chunk or chunk_size(rows.num_rows, E, per_chunk, _num_sms(a.device))
+    E, D, H = len(result), token_TD.shape[1], row_RH.shape[1]
+    tiles = tiles or tiles_of(product, token_TD.dtype, inner=D, columns=H)
+    per_chunk = triton.cdiv(D, tiles.rows) * triton.cdiv(H, tiles.columns)
+    chunk = chunk or chunk_size(rows.num_rows, E, per_chunk, _num_sms(token_TD.device))
     tile_L4, span_E3 = rows.tiles(chunk)
     # Experts with several chunks have more than `chunk` rows, so 2 R / chunk chunks at most.
-    work = a.new_empty((2 * rows.num_rows // chunk, M, N), dtype=torch.float32)
-    described = False
-    if gather_a:
-        b, described = _described(b, (tiles.inner, tiles.columns), tiles)
-    else:
-        a, described = _described(a, (tiles.inner, tiles.rows), tiles)
-    _WEIGHT[(len(tile_L4) * per_chunk,)](
-        a,
-        b,
-        rows.sorted.order_R,
-        tile_L4,
-        result_EMN,
-        work,
-        M,
-        N,
-        M * N,
-        rows.k,
-        GATHER_A=gather_a,
-        DESC=described,
-        EVEN_M=M % tiles.rows == 0,
-        EVEN_N=N % tiles.columns == 0,
-        **_blocks(result_EMN, tiles),
-    )
-    _ADD_CHUNKS[(triton.cdiv(M * N, _ADDED), E)](work, span_E3, result_EMN, M * N, B=_ADDED)
+    work = token_TD.new_empty((2 * rows.num_rows // chunk, D, H), dtype=torch.float32)
+    row, described = _described(row_RH, (tiles.inner, tiles.columns), tiles)
+    with lane.using(work):
+        _WEIGHT[(len(tile_L4) * per_chunk,)](
+            token_TD,
+            row,
+            rows.sorted.order_R,
+            tile_L4,
+            result,
+            work,
+            D,
+            H,
+            D * H,
+            rows.k,
+            TRANSPOSED=product == "down_weight",
+            B_DESC=described,
+            EVEN_M=D % tiles.rows == 0,
+            EVEN_N=H % tiles.columns == 0,
+            **_blocks(result, tiles),
+        )
+        _ADD_CHUNKS[(triton.cdiv(D * H, _ADDED), E)](work, span_E3, result, D * H, B=_ADDED)
 
 
 def chunk_size(num_rows: int, num_experts: int, per_chunk: int, num_sms: int) -> int:
@@ -316,6 +338,11 @@ def chunk_size(num_rows: int, num_experts: int, per_chunk: int, num_sms: int) ->
 
 def _grid(tile_L4: Tensor, columns: int, tiles: Tiles) -> tuple[int]:
     return (len(tile_L4) * triton.cdiv(columns, tiles.columns),)
+
+
+def _staying(tile_L4: Tensor, columns: int, tiles: Tiles) -> tuple[int]:
+    """As many programs as run at once."""
+    return (min(_grid(tile_L4, columns, tiles)[0], tiles.sharing * _num_sms(tile_L4.device)),)
 
 
 def _compiled(tensor: Tensor, tiles: Tiles, inner: int, columns: int) -> dict[str, Any]:

@@ -41,8 +41,7 @@ CANDIDATES: dict[str, Tiles] = {
     "64x128 4w 4s 128r": Tiles(64, 128, 64, 4, 4, True, 4, 128),
     "128x256 8w 3s, pointers": Tiles(128, 256, 64, 8, 3, False),
 }
-# What only these two have: parts.
-_ACTIVATED: tuple[Product, ...] = ("up", "hidden")
+_FINISHED_IN_PARTS: tuple[Product, ...] = ("up", "down", "hidden", "token")
 SMALL_CANDIDATES = {
     "32x32": Tiles(32, 32, 16, 4, 2, True, 1),
     "32x32, pointers": Tiles(32, 32, 16, 4, 2, False, 1),
@@ -123,7 +122,7 @@ def sweep(problem: Problem, candidates: dict[str, Tiles], *, device: torch.devic
     for names in (list(candidates), list(candidates)[::-1]):
         for product in PRODUCTS:
             for name in names:
-                if product not in _ACTIVATED and "parts" in name:
+                if product not in _FINISHED_IN_PARTS and "parts" in name:
                     continue
                 try:
                     time = _median(lambda index: steps.run(product, index, candidates[name]), device)  # noqa: B023 (called at once)
@@ -187,7 +186,7 @@ class _Steps:
         if product == "up_weight":
             weight("up_weight", self.x[index], self.dz[index], rows, self.d_up, tiles=tiles)
         else:
-            weight("down_weight", self.gated[index], dy, rows, self.d_down, tiles=tiles)
+            weight("down_weight", dy, self.gated[index], rows, self.d_down, tiles=tiles)
         return self.d_up, self.d_down
 
     def bias(self, index: int) -> None:
@@ -203,17 +202,16 @@ def _steps(problem: Problem) -> _Steps:
 
 
 def _columns(product: Product, size: Size) -> int:
-    return size.hidden if product in ("up", "hidden", "up_weight") else size.width
+    return size.width if product in ("down", "token") else size.hidden
 
 
 def _inner(product: Product, size: Size) -> int:
-    return size.width if product in ("up", "hidden", "up_weight") else size.hidden
+    return size.hidden if product in ("down", "token") else size.width
 
 
 def _chosen(product: Product, size: Size, num_tokens: int) -> str:
-    inner = num_tokens * size.k if product.endswith("weight") else _inner(product, size)
-    chosen = tiles_of(product, torch.bfloat16, inner=inner, columns=_columns(product, size))
-    if product not in _ACTIVATED:  # the others have no parts
+    chosen = tiles_of(product, torch.bfloat16, inner=_inner(product, size), columns=_columns(product, size))
+    if product not in _FINISHED_IN_PARTS:
         chosen = chosen._replace(parts=4)
     return next((name for name, tiles in CANDIDATES.items() if tiles == chosen), "")
 
