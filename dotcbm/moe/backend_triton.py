@@ -31,7 +31,7 @@ def experts_triton(
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
     x_TD, gate_TK, up_EDH, down_EHD = (tensor.contiguous() for tensor in (x_TD, gate_TK.float(), up_EDH, down_EHD))
     up_bias_EH, down_bias_ED = (None if bias is None else bias.contiguous() for bias in (up_bias_EH, down_bias_ED))
-    return torch.ops.dotcbm.experts(x_TD, index_TK.long(), gate_TK, up_EDH, up_bias_EH, down_EHD, down_bias_ED, keep)[0]
+    return torch.ops.dotcbm.experts(x_TD, index_TK.long().contiguous(), gate_TK, up_EDH, up_bias_EH, down_EHD, down_bias_ED, keep)[0]
 
 
 def _forward(
@@ -103,23 +103,20 @@ def _backward(
     dx_TD, _, d_up_EDH, d_up_bias_EH, d_down_EHD, d_down_bias_ED = found
     dy_TD = dy_TD.contiguous()
     rows = launch.Rows(Sorted(order_R, inverse_R, end_E), index_TK.shape[1])
-    of_bias_R = gate_TK.new_empty(rows.num_rows if down_bias_ED is not None else 0)
+    dgate_PR = gate_TK.new_empty(launch.gate_parts(down_EHD) + (down_bias_ED is not None), rows.num_rows)
     with lanes(z_RH.numel(), dy_TD.device, 2) as (first, second):
         if of_weights:
             launch.weight("down_weight", dy_TD, gated_RH, rows, d_down_EHD, lane=first)
         if down_bias_ED is not None:
             sums = d_down_bias_ED if of_weights else None
-            launch.down_bias(dy_TD, down_bias_ED, gate_TK, index_TK, rows, of_bias_R, sums, lane=second)
+            launch.down_bias(dy_TD, down_bias_ED, gate_TK, index_TK, rows, dgate_PR[-1], sums, lane=second)
         sums = d_up_bias_EH if has_up_bias and of_weights else None
-        dz_RH, dgate_NR = launch.hidden(dy_TD, down_EHD, z_RH, gate_TK, rows, d_bias_EH=sums)
+        dz_RH = launch.hidden(dy_TD, down_EHD, z_RH, gate_TK, rows, dgate_PR, d_bias_EH=sums)
         if of_tokens:
             dx_TD = launch.out("token", dz_RH, up_EDH, None, gate_TK, rows, lane=second)
         if of_weights:
             launch.weight("up_weight", x_TD, dz_RH, rows, d_up_EDH)
-    dgate_R = dgate_NR.sum(0)
-    if down_bias_ED is not None:
-        dgate_R += of_bias_R
-    return dx_TD, dgate_R.view_as(gate_TK), d_up_EDH, d_up_bias_EH, d_down_EHD, d_down_bias_ED
+    return dx_TD, dgate_PR.sum(0).view_as(gate_TK), d_up_EDH, d_up_bias_EH, d_down_EHD, d_down_bias_ED
 
 
 def _empty_gradients(

@@ -7,7 +7,8 @@ the gradient of that token's output,
     down    y = gated down + g bias                           written to the token's row where K = 1
     hidden  dh = dy down^T;  dz = g dh GELU'(z);  dg = sum dh GELU(z);  sums of dz over a tile's rows      dy read through the order
     token   dx = dz up^T                                      as `down`
-    bias    dg += dy bias;  sums of g dy over a tile's rows   dy read through the order, no product; for K = 1 alone
+    bias    dg += dy bias;  sums of g dy over a tile's rows   dy read through the order, no product; for K = 1
+    gate    dg += dy bias;  a table of g by token and expert  for K > 1, where a product over tokens reads less than a pass over rows
     weight  d(up) = x^T dz;  d(down)^T = dy^T gated           over the rows of a chunk of one expert; x, dy read through the order
 
 The gate enters with GELU and not with the output: then the gradient of `down` is a plain product of what is in memory, and no product has
@@ -37,6 +38,7 @@ __all__ = [
     "add_chunks_kernel",
     "add_slots_kernel",
     "add_tiles_kernel",
+    "bias_gate_kernel",
     "bias_gradient_kernel",
     "hidden_gradient_kernel",
     "out_kernel",
@@ -85,12 +87,16 @@ def _prefetch(ptr, row_M, H, n0, BN: tl.constexpr):
 
 
 @triton.jit
-def _sum_rows(x, dtype: tl.constexpr, BM: tl.constexpr):
-    """Columns' sums of x rounded to `dtype`: by the tensor cores where these know it, as the threads that share a column are many."""
+def _sum_rows(x, dtype: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Columns' sums of x, (BM, BN): of its halves added up and rounded to `dtype`, by the tensor cores where these know it.
+
+    Threads that share a column are many; a thread has the same row of both halves, where rows are as they are for loads and stores.
+    """
+    half = tl.sum(x.reshape(2, BM // 2, BN), 0).to(dtype)
     if dtype == tl.float32 or _INTERPRETED:
-        total = tl.sum(x.to(dtype).to(tl.float32), 0)
+        total = tl.sum(half.to(tl.float32), 0)
     else:
-        total = tl.max(tl.dot(tl.full((16, BM), 1.0, dtype), x.to(dtype)), 0)  # of sixteen that are equal
+        total = tl.max(tl.dot(tl.full((16, BM // 2), 1.0, dtype), half), 0)  # of sixteen that are equal
     return total
 
 
@@ -327,7 +333,7 @@ def hidden_gradient_kernel(
         dz = parts[j] * gate[:, None] * (below + z * (_INVERSE_SQRT_2PI * exponential))
         tl.store(dz_ptr + at, dz, mask=ok)
         if HAS_BIAS:
-            total = _sum_rows(tl.where(ok, dz, 0.0), dz_ptr.dtype.element_ty, BM)
+            total = _sum_rows(tl.where(ok, dz, 0.0), dz_ptr.dtype.element_ty, BM, BN // PARTS)
             tl.store(sum_ptr + tile.to(tl.int64) * H + offs_n, total, mask=offs_n < H)
     tl.store(dgate_ptr + n.to(tl.int64) * R + assignment, dgate, mask=row < end)
 
@@ -365,6 +371,51 @@ def bias_gradient_kernel(
         if SUM:
             tl.store(sum_ptr + tile.to(tl.int64) * D + offs_d, tl.sum(dy * gate[:, None], 0), mask=offs_d < D)
     tl.store(dgate_ptr + token, dgate, mask=ok)
+
+
+@triton.jit
+def bias_gate_kernel(
+    dy_ptr,
+    bias_ptr,
+    gate_ptr,
+    index_ptr,
+    dgate_ptr,
+    table_ptr,
+    T,
+    D,
+    E,
+    SLOTS: tl.constexpr,
+    TABLE: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BT: tl.constexpr,
+    BE: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """What the bias of `down` adds to d(gate), at dgate[assignment]; with TABLE, gates at table[token, expert], 0 where not chosen."""
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    first = tl.program_id(1) * BE
+    offs_e = first + tl.arange(0, BE)
+    ok = token < T
+    acc = tl.zeros((BT, BE), tl.float32)
+    for d in range(0, D, BK):
+        offs_d = d + tl.arange(0, BK)
+        held = (offs_d < D)[None, :]
+        dy = tl.load(dy_ptr + token[:, None].to(tl.int64) * D + offs_d[None, :], mask=ok[:, None] & held, other=0.0)
+        bias = tl.load(bias_ptr + offs_e[:, None].to(tl.int64) * D + offs_d[None, :], mask=(offs_e < E)[:, None] & held, other=0.0)
+        if WIDEN:
+            dy, bias = dy.to(tl.float32), bias.to(tl.float32)
+        acc = tl.dot(dy, tl.trans(bias), acc, input_precision="ieee")
+    gates = tl.zeros((BT, BE), tl.float32)
+    for slot in tl.static_range(SLOTS):
+        assignment = token * SLOTS + slot
+        expert = tl.load(index_ptr + assignment, mask=ok, other=-1).to(tl.int32)
+        chosen = expert[:, None] == offs_e[None, :]
+        here = (expert >= first) & (expert < first + BE)
+        tl.store(dgate_ptr + assignment, tl.sum(tl.where(chosen, acc, 0.0), 1), mask=here)
+        if TABLE:
+            gates += tl.where(chosen, tl.load(gate_ptr + assignment, mask=ok, other=0.0)[:, None], 0.0)
+    if TABLE:
+        tl.store(table_ptr + token[:, None].to(tl.int64) * E + offs_e[None, :], gates, mask=ok[:, None] & (offs_e < E)[None, :])
 
 
 @triton.jit
@@ -427,16 +478,20 @@ def weight_gradient_kernel(
 
 @triton.jit
 def add_chunks_kernel(work_ptr, span_ptr, out_ptr, size, B: tl.constexpr):
-    """Gradients of the experts that have several chunks, and zero for those that have none."""
+    """Gradients of the experts that have several chunks, and zero for those that have none.
+
+    A program takes many pieces: most experts have one chunk, and to start a program for each piece of them took longer than a sum.
+    """
     expert = tl.program_id(1)
     count, slot = tl.load(span_ptr + 3 * expert + 1), tl.load(span_ptr + 3 * expert + 2)
     if count == 1:
         return
-    offs = tl.program_id(0) * B + tl.arange(0, B)
-    total = tl.zeros((B,), tl.float32)
-    for i in range(count):
-        total += tl.load(work_ptr + (slot + i).to(tl.int64) * size + offs, mask=offs < size, other=0.0)
-    tl.store(out_ptr + expert.to(tl.int64) * size + offs, total, mask=offs < size)
+    for start in range(tl.program_id(0) * B, size, tl.num_programs(0) * B):
+        offs = start + tl.arange(0, B)
+        total = tl.zeros((B,), tl.float32)
+        for i in range(count):
+            total += tl.load(work_ptr + (slot + i).to(tl.int64) * size + offs, mask=offs < size, other=0.0)
+        tl.store(out_ptr + expert.to(tl.int64) * size + offs, total, mask=offs < size)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from dotcbm.moe import triton_kernels as kernels
 from dotcbm.moe.triton_lanes import Lane
 from dotcbm.moe.triton_sorting import Sorted, TileMap, tile_map
 
-__all__ = ["PRODUCTS", "Product", "Rows", "Tiles", "chunk_size", "down_bias", "hidden", "out", "tiles_of", "up", "weight"]
+__all__ = ["PRODUCTS", "Product", "Rows", "Tiles", "chunk_size", "down_bias", "gate_parts", "hidden", "out", "tiles_of", "up", "weight"]
 
 Product = Literal["up", "down", "hidden", "token", "up_weight", "down_weight"]
 PRODUCTS: tuple[Product, ...] = ("up", "down", "hidden", "token", "up_weight", "down_weight")
@@ -27,6 +27,7 @@ _UP: Any = kernels.up_kernel  # called as kernel[grid](...), which no checker un
 _OUT: Any = kernels.out_kernel
 _HIDDEN: Any = kernels.hidden_gradient_kernel
 _BIAS: Any = kernels.bias_gradient_kernel
+_BIAS_GATE: Any = kernels.bias_gate_kernel
 _WEIGHT: Any = kernels.weight_gradient_kernel
 _ADD_CHUNKS: Any = kernels.add_chunks_kernel
 _ADD_TILES: Any = kernels.add_tiles_kernel
@@ -37,8 +38,10 @@ _H100_SMS = 132
 _ROUNDS = 4
 # What programs of the additions take at a time.
 _SUM_TILES, _SUM_COLUMNS, _SUMMED_TOKENS, _ADDED = 16, 128, 32, 1024
-# And those of a bias's gradient: rows, of which there is a map anyway, and columns.
+_MOST_ADDING = 64  # programs for an expert's chunks
+# And those of a bias's gradient: rows, of which there is a map anyway, and columns; tokens, experts and columns for K > 1.
 _BIAS_ROWS, _BIAS_COLUMNS = 128, 64
+_BIAS_TOKENS, _BIAS_EXPERTS, _BIAS_STEP = 64, 128, 64
 # Sums and sides up to this length are short (see `tiles_of`).
 _FEW_STEPS = 512
 _HERE = Lane(None)
@@ -202,16 +205,16 @@ def hidden(
     z_RH: Tensor,
     gate_TK: Tensor,
     rows: Rows,
+    dgate_PR: Tensor,
     *,
     d_bias_EH: Tensor | None = None,
     tiles: Tiles | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(R, H) dz, and (parts, R) float32 whose sum is d(gate) but for the bias's part; writes the up bias's gradient to `d_bias_EH`."""
+) -> Tensor:
+    """(R, H) dz; writes parts of d(gate), whose sum it is, to `dgate_PR` (see `gate_parts`), and the up bias's gradient to `d_bias_EH`."""
     E, H, D = down_EHD.shape
     tiles = tiles or tiles_of("hidden", dy_TD.dtype, inner=D, columns=H)
     tile_L4, span_E3 = rows.tiles(tiles.rows)
     dz_RH = torch.empty_like(z_RH)
-    dgate_NR = gate_TK.new_empty(triton.cdiv(H, tiles.columns), rows.num_rows)
     sum_LH = gate_TK.new_empty((len(tile_L4), H) if d_bias_EH is not None else (0,))
     weight, described = _described(down_EHD, (tiles.columns, tiles.inner), tiles, inner=D)
     _HIDDEN[_grid(tile_L4, H, tiles)](
@@ -222,7 +225,7 @@ def hidden(
         rows.sorted.order_R,
         tile_L4,
         dz_RH,
-        dgate_NR,
+        dgate_PR,
         sum_LH,
         D,
         H,
@@ -235,7 +238,13 @@ def hidden(
     )
     if d_bias_EH is not None:
         _ADD_TILES[(triton.cdiv(H, _SUM_COLUMNS), E)](sum_LH, span_E3, d_bias_EH, H, L=_SUM_TILES, B=_SUM_COLUMNS)
-    return dz_RH, dgate_NR
+    return dz_RH
+
+
+def gate_parts(down_EHD: Tensor, tiles: Tiles | None = None) -> int:
+    """How many parts of d(gate) `hidden` writes."""
+    _, H, D = down_EHD.shape
+    return triton.cdiv(H, (tiles or tiles_of("hidden", down_EHD.dtype, inner=D, columns=H)).columns)
 
 
 def down_bias(
@@ -251,15 +260,16 @@ def down_bias(
 ) -> None:
     """Write the bias's part of d(gate), by assignment, to `dgate_R`, and its gradient to `d_bias_ED`."""
     (T, D), E = dy_TD.shape, len(bias_ED)
-    if rows.k > 1:  # two products over tokens read less than a pass over rows
-        product_TE, gate_TE = dy_TD.new_empty(T, E), dy_TD.new_empty(T, E)
-        found_TK, rounded_TK = dy_TD.new_empty(gate_TK.shape), dy_TD.new_empty(gate_TK.shape)
-        with lane.using(product_TE, gate_TE, found_TK, rounded_TK):
-            torch.mm(dy_TD, bias_ED.T, out=product_TE)
-            dgate_R.view_as(gate_TK).copy_(torch.gather(product_TE, 1, index_TK, out=found_TK))
+    if rows.k > 1:
+        table_TE = dy_TD.new_empty((T, E) if d_bias_ED is not None else (0,))
+        experts = min(_BIAS_EXPERTS, max(16, triton.next_power_of_2(E)))
+        sizes = {"BT": _BIAS_TOKENS, "BE": experts, "BK": _BIAS_STEP, "WIDEN": _widened(dy_TD)}
+        with lane.using(table_TE):
+            grid = (triton.cdiv(T, _BIAS_TOKENS), triton.cdiv(E, experts))
+            operands = (dy_TD, bias_ED, gate_TK, index_TK, dgate_R, table_TE)
+            _BIAS_GATE[grid](*operands, T, D, E, SLOTS=rows.k, TABLE=d_bias_ED is not None, **sizes)
             if d_bias_ED is not None:
-                gate_TE.zero_().scatter_(1, index_TK, rounded_TK.copy_(gate_TK))
-                torch.mm(gate_TE.T, dy_TD, out=d_bias_ED)
+                torch.mm(table_TE.T, dy_TD, out=d_bias_ED)
         return
     tile_L4, span_E3 = rows.tiles(_BIAS_ROWS)
     sum_LD = gate_TK.new_empty((len(tile_L4), D) if d_bias_ED is not None else (0,))
@@ -319,7 +329,7 @@ def weight(
             EVEN_N=H % tiles.columns == 0,
             **_blocks(result, tiles),
         )
-        _ADD_CHUNKS[(triton.cdiv(D * H, _ADDED), E)](work, span_E3, result, D * H, B=_ADDED)
+        _ADD_CHUNKS[(min(_MOST_ADDING, triton.cdiv(D * H, _ADDED)), E)](work, span_E3, result, D * H, B=_ADDED)
 
 
 def chunk_size(num_rows: int, num_experts: int, per_chunk: int, num_sms: int) -> int:
@@ -350,11 +360,14 @@ def _compiled(tensor: Tensor, tiles: Tiles, inner: int, columns: int) -> dict[st
 
 
 def _blocks(tensor: Tensor, tiles: Tiles) -> dict[str, Any]:
-    # Triton's interpreter, on a CPU, knows bfloat16 as integers alone.
-    widen = tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
     sizes = {"BM": tiles.rows, "BN": tiles.columns, "BK": tiles.inner}
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "maxnreg": tiles.max_registers}
-    return {"WIDEN": widen, **sizes, **options}
+    return {"WIDEN": _widened(tensor), **sizes, **options}
+
+
+def _widened(tensor: Tensor) -> bool:
+    """Triton's interpreter, on a CPU, knows bfloat16 as integers alone."""
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
 
 
 def _described(tensor: Tensor, block: tuple[int, int], tiles: Tiles, *, inner: int | None = None) -> tuple[Any, bool]:

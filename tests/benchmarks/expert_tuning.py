@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from dotcbm.moe.triton_launch import PRODUCTS, Product, Rows, Tiles, down_bias, hidden, out, tiles_of, up, weight
+from dotcbm.moe.triton_launch import PRODUCTS, Product, Rows, Tiles, down_bias, gate_parts, hidden, out, tiles_of, up, weight
 from dotcbm.moe.triton_sorting import sort_by_expert, tile_map
 
 from .expert_speed import Problem, Size
@@ -180,7 +180,9 @@ class _Steps:
         if product == "down":
             return (out("down", self.gated[index], down_EHD, down_bias, gate, rows, tiles=tiles),) * 2
         if product == "hidden":
-            return hidden(dy, down_EHD, self.z[index], gate, rows, d_bias_EH=torch.empty_like(up_bias), tiles=tiles)  # pyright: ignore[reportArgumentType]
+            parts_PR = gate.new_empty(gate_parts(down_EHD, tiles), rows.num_rows)
+            bias = torch.empty_like(up_bias)  # pyright: ignore[reportArgumentType]
+            return (hidden(dy, down_EHD, self.z[index], gate, rows, parts_PR, d_bias_EH=bias, tiles=tiles),) * 2
         if product == "token":
             return (out("token", self.dz[index], up_EDH, None, gate, rows, tiles=tiles),) * 2
         if product == "up_weight":
