@@ -19,7 +19,7 @@ from torch import Tensor
 __all__ = ["Lane", "lanes"]
 
 # Elements of the largest operand below which launching takes longer than computing.
-_LARGE = 2**22
+_LARGE = 2**25
 
 
 class Lane:
