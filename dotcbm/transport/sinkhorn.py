@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from dotcbm.transport.implicit import attach_gradient
 from dotcbm.transport.plan import Settings, TransportPlan, safe_log
 from dotcbm.transport.unrolled import solve_unrolled
 
-__all__ = ["ConceptScores", "Gradient", "HeatmapStatistics", "Solver", "TransportPlan", "concept_scores", "sinkhorn"]
+__all__ = ["ConceptScores", "Gradient", "HeatmapStatistics", "Solver", "TransportPlan", "concept_scores", "sinkhorn", "solved_eagerly"]
 
 Solver = Literal["auto", "torch", "triton", "pot"]
 Gradient = Literal["implicit", "unroll"]
@@ -82,7 +83,7 @@ def sinkhorn(
 
     In an exported program (`torch.export` that is not strict, `torch.onnx`) a loop does what the solver "torch" does, without gradients.
     With the solver "pot", the gradient "unroll" or under strict export a program makes `max_iter` plain iterations, as does a function
-    under torch.compile, but for Triton.
+    under torch.compile, but for Triton, and but for `solved_eagerly`.
 
     Args:
         cost_BNM: (B, N, M) finite cost; any layout.
@@ -166,6 +167,28 @@ def concept_scores(
     return ConceptScores(score_BM, residual_B, told)
 
 
+# torch.compile guards a program by the first, as a bool; by the second, which would do alone, it does not.
+_leaves_solvers = False
+_untraced: Callable[..., TransportPlan] | None = None
+
+
+@contextmanager
+def solved_eagerly() -> Iterator[None]:
+    """Within the block a function under torch.compile leaves the solvers but Triton's to Python, and is traced before and after them.
+
+    Its plans and gradients are then those of eager code: traced, `sinkhorn` stops at no tolerance and differentiates its iterations.
+    Not for export, nor for functions that must be one graph.
+    """
+    global _leaves_solvers, _untraced
+    if _untraced is None:  # once, and not on import, which would take a second more
+        _untraced = cast(Callable[..., TransportPlan], torch.compiler.disable(_solve))
+    before, _leaves_solvers = _leaves_solvers, True
+    try:
+        yield
+    finally:
+        _leaves_solvers = before
+
+
 def _prepared(
     cost_BNM: Tensor,
     theta_BN: Tensor,
@@ -243,6 +266,9 @@ def _solve(
         with torch.no_grad():
             cost, theta, gamma = cost_BNM.detach().to(theta_BN.dtype), theta_BN.detach(), gamma_BM.detach()
             return solve_exported(cost, theta, gamma, settings, tol=settings.tol, accelerate=accelerate)
+    if _leaves_solvers and _untraced is not None and solver != "triton" and torch.compiler.is_compiling():
+        settled = {"solver": solver, "gradient": gradient, "accelerate": accelerate, "check": check}
+        return _untraced(cost_BNM, theta_BN, gamma_BM, settings, **settled)
     if exporting() if solver == "triton" else torch.compiler.is_compiling():
         # Unrolled, a traced program cannot look at values.
         return solve_unrolled(cost_BNM.to(theta_BN.dtype), theta_BN, gamma_BM, settings._replace(tol=None))

@@ -10,7 +10,7 @@ import torch
 from fakes.transport import DEVICE, RELAX, SOLVERS, distance, problem, tangent
 from torch import Tensor
 
-from dotcbm.transport.sinkhorn import Solver, concept_scores, sinkhorn
+from dotcbm.transport.sinkhorn import Solver, concept_scores, sinkhorn, solved_eagerly
 
 pytest.importorskip("ot", reason="POT is not installed (pip install 'dotcbm[pot]')")
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -244,6 +244,30 @@ def test_triton_is_traced_as_a_whole():
     torch.testing.assert_close(traced, plan(*leaves))
     for a, b in zip(torch.autograd.grad(traced, leaves, weight), torch.autograd.grad(plan(*leaves), leaves, weight), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("solver", ["torch", "pot"])
+def test_a_compiled_function_can_leave_the_solver_to_eager_code(solver: Solver):
+    """Between two graphs: plan, iterations and implicit gradient are then those of eager code. Elsewhere iterations are unrolled."""
+    leaves = [x.requires_grad_() for x in problem(16, 2, 9, 40, torch.float32)]
+    weight = torch.randn(2, 9, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def plan(*x: Tensor) -> tuple[Tensor, Tensor]:
+        found = sinkhorn(*x, eps=0.05, max_iter=200, tol=1e-4, solver=solver, check=False)
+        return 2 * found.plan_BNM, found.num_iter_B
+
+    expected, num_iter_B = plan(*leaves)
+    gradients = torch.autograd.grad(expected, leaves, weight)
+    torch.compiler.reset()
+    for _ in range(2):
+        with solved_eagerly():
+            found, num_found_B = torch.compile(plan, backend="aot_eager")(*leaves)
+        assert torch.equal(found, expected)
+        assert torch.equal(num_found_B, num_iter_B)
+        for a, b in zip(torch.autograd.grad(found, leaves, weight), gradients, strict=True):
+            torch.testing.assert_close(a, b)
+    assert (torch.compile(plan, backend="aot_eager")(*leaves)[1] == 200).all()
+    torch.compiler.reset()
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="torch.compile and CUDA graphs take the kernels as they are on a GPU only")
