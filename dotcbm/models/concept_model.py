@@ -16,7 +16,7 @@ from dotcbm.data.transforms import prepare_picture
 from dotcbm.encoders.image import ImageEncoder
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.edits import Edit
-from dotcbm.structures import ConceptBatch, ConceptOutput, ConceptSet, Preprocessing
+from dotcbm.structures import ConceptBatch, ConceptOutput, ConceptSet, PatchFeatures, Preprocessing
 from dotcbm.transport.priors import map_to_grid
 
 __all__ = ["ConceptModel", "Picture", "read_any"]
@@ -105,6 +105,14 @@ class ConceptModel(nn.Module):
         Raises:
             ValueError: The batch holds neither pictures nor features.
         """
+        return self.read(self.features_of(batch), concepts_BM=batch.concepts_BM)
+
+    def features_of(self, batch: ConceptBatch) -> PatchFeatures:
+        """What `forward_batch` gives to the bottleneck.
+
+        Raises:
+            ValueError: The batch holds neither pictures nor features.
+        """
         features = batch.features
         if features is None:
             if batch.image_B3HW is None:
@@ -112,8 +120,17 @@ class ConceptModel(nn.Module):
             features = self.encoder(batch.image_B3HW)
         if features.saliency_BN is None and batch.foreground_BHW is not None:
             features = replace(features, saliency_BN=map_to_grid(batch.foreground_BHW.float(), features.grid))
+        return features
+
+    def read(self, features: PatchFeatures, *, concepts_BM: Tensor) -> ConceptOutput:
+        """Concepts and classes of features.
+
+        Args:
+            features: Of B pictures.
+            concepts_BM: (B, M) their true concepts, NaN where unknown; read in training only, by bottlenecks that `trains_on_truth`.
+        """
         if self.training and self.bottleneck.trains_on_truth:
-            return self.bottleneck(features, truth_BM=batch.concepts_BM)
+            return self.bottleneck(features, truth_BM=concepts_BM)
         return self.bottleneck(features)
 
     def prepare(self, pictures: Sequence[Picture]) -> Tensor:

@@ -16,6 +16,7 @@ resumed ends with the weights of one that ran through.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -33,6 +34,7 @@ from dotcbm.models.base import Bottleneck
 from dotcbm.models.concept_model import ConceptModel
 from dotcbm.models.dot_cbm import DotCBM
 from dotcbm.structures import ConceptBatch, ConceptOutput, Problem
+from dotcbm.training.compiled import CompiledStep, CompileMode, check_mode
 from dotcbm.training.evaluation import Evaluation
 from dotcbm.training.experts import ExpertFigures, ExpertTraining, ExpertWork
 from dotcbm.training.flops import FlopsPerBatch
@@ -89,6 +91,7 @@ class ConceptTask(LightningModule):
         ema_decay: float | None = None,
         experts: ExpertTraining | None = None,
         expert_parallel: bool = True,
+        compile: CompileMode | None = None,
         seed: int = 0,
     ) -> None:
         """Args:
@@ -113,6 +116,9 @@ class ConceptTask(LightningModule):
         experts: How the experts of a trainable ViT-MoE are trained; None for without balance and with as many active as it has.
         expert_parallel: What Lightning's ModelParallelStrategy gives each process of a trainable ViT-MoE: whole experts, to which tokens
             travel, and a share of each other weight; or, if false, a share of every weight, whatever the number of experts.
+        compile: Let torch.compile make a program of what training steps do above the encoder, losses included: "default", or
+            "reduce-overhead", which replays it as CUDA graphs. It takes up to a minute, and serves where features are cached and epochs
+            many. The encoder, trainable or not, and batches below the full size stay eager (`dotcbm.training.compiled`).
         seed: Of initial weights and dropout.
 
         Raises:
@@ -125,6 +131,7 @@ class ConceptTask(LightningModule):
             raise ValueError(f"lr is {lr} and lr_halve_every {lr_halve_every}; lr must be positive, lr_halve_every 0 or more epochs")
         if head_l2 != "auto" and not head_l2 > 0:
             raise ValueError(f"head_l2 is {head_l2!r}; give a positive number or 'auto'")
+        check_mode(compile)
         if head_nec is not None and head_nec < 1:
             raise ValueError(f"head_nec is {head_nec}; a class needs one concept at least, or None for a dense head")
         if head_nec is not None and regime == "joint":
@@ -149,12 +156,14 @@ class ConceptTask(LightningModule):
         self.head_nec = head_nec
         self.monitor = monitor or ("val/accuracy" if regime == "joint" else "val/concept_auroc")
         self.ema_decay = ema_decay
+        self.compile_mode: CompileMode | None = compile  # `compile` is a method of modules
         self.seed = seed
         self.head_fit: HeadFit | None = None
         self._fingerprint = ""
         self._pos_weight_M: Tensor | None = None
         self._class_weight_K: Tensor | None = None
         self._evaluations: list[Evaluation] = []
+        self._compiled: CompiledStep | None = None
 
     @property
     def data(self) -> ConceptDataModule:
@@ -211,8 +220,14 @@ class ConceptTask(LightningModule):
             return ConceptModel(self.encoder, self.make_bottleneck(problem))
 
     def configure_model(self) -> None:
-        """Lightning's hook: divide the model among the processes, under its ModelParallelStrategy."""
+        """Lightning's hook: divide the model among the processes, under its ModelParallelStrategy.
+
+        Raises:
+            ValueError: A setting that does not go with that.
+        """
         if self.device_mesh is not None:
+            if self.compile_mode is not None:
+                raise ValueError("compile does not go with ModelParallelStrategy; leave it out, or set trainer.strategy to ddp")
             distribute(self.model, self.trainer, self.device_mesh, expert_parallel=self.expert_parallel)
 
     def configure_callbacks(self) -> list[Any]:
@@ -261,6 +276,14 @@ class ConceptTask(LightningModule):
                     value.copy_(self.trainer.strategy.broadcast(value))  # each process saw its share
             rank_zero_info(f"{type(self.model.bottleneck).__name__} has nothing to train but its head: straight to the head")
             self.trainer.should_stop = True
+        elif self.compile_mode is not None:
+            share = -(-len(self.data.dataset("train")) // self.trainer.world_size)
+            size = min(self.data.batch_size, share)
+            self._compiled = CompiledStep(self.model, self._loss_terms(), mode=self.compile_mode, batch_size=size)
+
+    def on_train_end(self) -> None:
+        """Let go of compiled code and its memory."""
+        self._compiled = None
 
     def on_train_epoch_start(self) -> None:
         """Set the learning rate of the epoch: a function of its number and no scheduler's state, so a resumed run cannot lose it."""
@@ -287,17 +310,29 @@ class ConceptTask(LightningModule):
         """
         del batch_idx
         with self.experts.at_step(self.global_step):
-            output = self.model.forward_batch(batch)
-        terms = self.losses(output, batch) | self.experts.terms()
+            terms, residual = self._read(batch)
+        terms |= self.experts.terms()
         check_losses(terms, epoch=self.current_epoch, step=self.global_step, names=batch.names, checkpoint=self._last_checkpoint())
         loss = torch.stack([self.loss_weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         size = len(batch)
         self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         for name, term in terms.items():
             self.log(f"train/{name}_loss", term, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
-        if output.residual_B is not None:
-            self.log("train/transport_residual", output.residual_B.mean(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        if residual is not None:
+            self.log("train/transport_residual", residual, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return loss
+
+    def _read(self, batch: ConceptBatch) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The terms of a training batch, and the mean residual of its transport."""
+        if self._compiled is not None and len(batch) == self._compiled.batch_size:
+            return self._compiled(self.model.features_of(batch), batch.concepts_BM, batch.label_B)
+        output = self.model.forward_batch(batch)
+        return self.losses(output, batch), None if output.residual_B is None else output.residual_B.mean()
+
+    def on_after_backward(self) -> None:
+        """Keep gradients that the next batch adds to."""
+        if self._compiled is not None and self.trainer.accumulate_grad_batches > 1:
+            self._compiled.own_gradients()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lightning's hook: after a step of the optimizer the experts end theirs, before any moving mean is taken."""
@@ -306,12 +341,16 @@ class ConceptTask(LightningModule):
 
     def losses(self, output: ConceptOutput, batch: ConceptBatch) -> dict[str, Tensor]:
         """The unweighted terms: those of the bottleneck ("concept", "vop", "top"), and "class" in the joint regime."""
-        pos_weight_M = None if self._pos_weight_M is None else self._pos_weight_M.to(self.device)
-        terms = self.model.bottleneck.losses(output, concepts_BM=batch.concepts_BM, label_B=batch.label_B, pos_weight_M=pos_weight_M)
-        if self.regime == "joint":
-            class_weight_K = None if self._class_weight_K is None else self._class_weight_K.to(self.device)
-            terms["class"] = F.cross_entropy(output.class_logit_BK, batch.label_B, weight=class_weight_K)
-        return terms
+        return self._loss_terms()(output, batch.concepts_BM, batch.label_B)
+
+    def _loss_terms(self) -> Callable[[ConceptOutput, Tensor, Tensor], dict[str, Tensor]]:
+        return partial(
+            _loss_terms,
+            self.model.bottleneck,
+            joint=self.regime == "joint",
+            pos_weight_M=None if self._pos_weight_M is None else self._pos_weight_M.to(self.device),
+            class_weight_K=None if self._class_weight_K is None else self._class_weight_K.to(self.device),
+        )
 
     def on_validation_epoch_start(self) -> None:
         """Start counting."""
@@ -426,3 +465,19 @@ class ConceptTask(LightningModule):
     def _last_checkpoint(self) -> str | None:
         paths = [getattr(callback, "last_model_path", "") for callback in self.trainer.checkpoint_callbacks]
         return next((path for path in paths if path), None)
+
+
+def _loss_terms(
+    bottleneck: Bottleneck,
+    output: ConceptOutput,
+    concepts_BM: Tensor,
+    label_B: Tensor,
+    *,
+    joint: bool,
+    pos_weight_M: Tensor | None,
+    class_weight_K: Tensor | None,
+) -> dict[str, Tensor]:
+    terms = bottleneck.losses(output, concepts_BM=concepts_BM, label_B=label_B, pos_weight_M=pos_weight_M)
+    if joint:
+        terms["class"] = F.cross_entropy(output.class_logit_BK, label_B, weight=class_weight_K)
+    return terms

@@ -58,10 +58,12 @@ class Run:
         settings = {"batch_size": 8, "cache_dir": str(self.folder / "cache"), "views": ["plain", "flip"], **settings}
         return ConceptDataModule(source or TinySource(), **settings)
 
-    def trainer(self, *callbacks: pl.Callback, epochs: int = 4, directory: str = "run", **settings: Any) -> pl.Trainer:
+    def trainer(
+        self, *callbacks: pl.Callback, epochs: int = 4, directory: str = "run", accelerator: str = "cpu", **settings: Any
+    ) -> pl.Trainer:
         return pl.Trainer(
             max_epochs=epochs,
-            accelerator="cpu",
+            accelerator=accelerator,
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
