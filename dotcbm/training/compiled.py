@@ -23,7 +23,7 @@ from dotcbm.models.concept_model import ConceptModel
 from dotcbm.structures import ConceptOutput, PatchFeatures
 from dotcbm.transport.sinkhorn import solved_eagerly
 
-__all__ = ["CompileMode", "CompiledStep", "check_mode"]
+__all__ = ["CompileMode", "CompiledStep", "check_accumulates", "check_mode"]
 
 CompileMode = Literal["default", "reduce-overhead"]
 Losses = Callable[[ConceptOutput, Tensor, Tensor], dict[str, Tensor]]
@@ -35,6 +35,15 @@ def check_mode(mode: str | None) -> None:
     """Raise ValueError for a mode that is neither None nor a `CompileMode`."""
     if mode is not None and mode not in get_args(CompileMode):
         raise ValueError(f"compile is {mode!r}; choose one of {list(get_args(CompileMode))}, or None for eager training")
+
+
+def check_accumulates(mode: str | None, batches: int) -> None:
+    """Raise ValueError where graphs would write gradients over those of the batch before, of which a step needs the sum."""
+    if mode == "reduce-overhead" and batches > 1:
+        raise ValueError(
+            f"compile 'reduce-overhead' writes the gradients of each batch to the same memory, and accumulate_grad_batches is {batches}; "
+            "set compile to 'default', or accumulate_grad_batches to 1"
+        )
 
 
 class CompiledStep:
@@ -94,15 +103,6 @@ class CompiledStep:
         if self._replays:  # the next replay writes where this one did
             term_T, residual = term_T.clone(), None if residual is None else residual.clone()
         return dict(zip(names, term_T.unbind(), strict=True)), residual
-
-    def own_gradients(self) -> None:
-        """Copy the bottleneck's gradients out of the memory of CUDA graphs: to be called after a backward pass whose gradients must outlive
-        the next forward pass.
-        """
-        if self._replays:
-            for parameter in self._model.bottleneck.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = parameter.grad.clone()
 
 
 def _compiled(read: _Read, mode: CompileMode) -> _Read:

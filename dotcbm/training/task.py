@@ -34,7 +34,7 @@ from dotcbm.models.base import Bottleneck
 from dotcbm.models.concept_model import ConceptModel
 from dotcbm.models.dot_cbm import DotCBM
 from dotcbm.structures import ConceptBatch, ConceptOutput, Problem
-from dotcbm.training.compiled import CompiledStep, CompileMode, check_mode
+from dotcbm.training.compiled import CompiledStep, CompileMode, check_accumulates, check_mode
 from dotcbm.training.evaluation import Evaluation
 from dotcbm.training.experts import ExpertFigures, ExpertTraining, ExpertWork
 from dotcbm.training.flops import FlopsPerBatch
@@ -185,6 +185,7 @@ class ConceptTask(LightningModule):
             self._fingerprint = self.encoder.fingerprint(any_budget=True)
         if stage != "fit":
             return
+        check_accumulates(self.compile_mode, self.trainer.accumulate_grad_batches)
         bottleneck = self.model.bottleneck
         if isinstance(bottleneck, DotCBM):
             check_finds_parts(self.encoder)
@@ -328,11 +329,6 @@ class ConceptTask(LightningModule):
             return self._compiled(self.model.features_of(batch), batch.concepts_BM, batch.label_B)
         output = self.model.forward_batch(batch)
         return self.losses(output, batch), None if output.residual_B is None else output.residual_B.mean()
-
-    def on_after_backward(self) -> None:
-        """Keep gradients that the next batch adds to."""
-        if self._compiled is not None and self.trainer.accumulate_grad_batches > 1:
-            self._compiled.own_gradients()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lightning's hook: after a step of the optimizer the experts end theirs, before any moving mean is taken."""
