@@ -8,8 +8,8 @@ no capacity: every token reaches all its experts, however many others do. The ba
     loop     one expert after another, the reference
     dense    every expert on every token, then a mask: E / K times the work, the reference that sorts nothing
     triton   our kernels on CUDA, see `dotcbm.moe.triton_kernels`: gather, bias, GELU, gate and scatter within the products
-    auto     triton on a GPU whose multiprocessors have room for its tiles (H100 and newer of its class), where it was measured to be 1.3 to
-             2.3 times as fast as grouped in bfloat16 (reports/benchmarks/experts_cuda.md); else grouped where it applies (see
+    auto     triton on a GPU whose multiprocessors have room for its tiles (H100 and newer of its class), where it was measured to be 1.4 to
+             2.6 times as fast as grouped in bfloat16 (reports/benchmarks/experts_cuda.md); else grouped where it applies (see
              `dotcbm.moe.dispatch.grouped_applies`), else padded on a GPU and the loop on a CPU; dense in an exported program, in which
              no shape can depend on values
 """

@@ -139,7 +139,7 @@ def test_gradients_are_accumulated_over_compiled_steps(run, traced):
 
 
 def test_graphs_do_not_accumulate_gradients(run):
-    with pytest.raises(ValueError, match="'reduce-overhead' writes.*accumulate_grad_batches is 2; set compile to 'default'"):
+    with pytest.raises(ValueError, match=r"'reduce-overhead' writes.*accumulate_grad_batches is 2; set compile to 'default'"):
         train(run, "reduce-overhead", bottleneck=CBM, trainer={"accumulate_grad_batches": 2})
 
 
