@@ -65,11 +65,8 @@ class Tiles(NamedTuple):
     """Pieces of the columns, 1, 2, 4 or 8, that are finished one after another; more need fewer registers. Not of weight gradients."""
     max_registers: int | None = None
     """Per thread; 128 let two programs of 8 warps share a multiprocessor."""
-
-    @property
-    def sharing(self) -> int:
-        """Programs that share a multiprocessor: how many are started where they take one tile after another."""
-        return 1 if self.max_registers is None else 2
+    programs: int = 1
+    """Started for each multiprocessor where they take one tile after another: as many as it runs at once, or so many that each has few."""
 
 
 def tiles_of(product: Product, dtype: torch.dtype, *, inner: int, columns: int) -> Tiles:
@@ -87,10 +84,10 @@ def tiles_of(product: Product, dtype: torch.dtype, *, inner: int, columns: int) 
     """
     of_weight = product in ("up_weight", "down_weight")
     if dtype == torch.float32:  # no tensor cores in full precision
-        return Tiles(64, 64, 32, 4, 4 if of_weight else 2, descriptors=False, parts=1)
+        return Tiles(64, 64, 32, 4, 4 if of_weight else 2, descriptors=False, parts=1, programs=64)
     if product != "hidden" and inner > _FEW_STEPS and columns % 256 == 0:
         return Tiles(128, 256, 64, 8, 5 if of_weight else 4, descriptors=True)
-    return Tiles(128, 128, 64, 8, 5 if of_weight else 3, descriptors=True, max_registers=128)
+    return Tiles(128, 128, 64, 8, 5 if of_weight else 3, descriptors=True, max_registers=128, programs=2)
 
 
 @dataclass
@@ -352,7 +349,7 @@ def _grid(tile_L4: Tensor, columns: int, tiles: Tiles) -> tuple[int]:
 
 def _staying(tile_L4: Tensor, columns: int, tiles: Tiles) -> tuple[int]:
     """As many programs as run at once."""
-    return (min(_grid(tile_L4, columns, tiles)[0], tiles.sharing * _num_sms(tile_L4.device)),)
+    return (min(_grid(tile_L4, columns, tiles)[0], tiles.programs * _num_sms(tile_L4.device)),)
 
 
 def _compiled(tensor: Tensor, tiles: Tiles, inner: int, columns: int) -> dict[str, Any]:

@@ -33,12 +33,14 @@ CANDIDATES: dict[str, Tiles] = {
     "128x256 8w 4s": Tiles(128, 256, 64, 8, 4, True),
     "256x128 8w 3s": Tiles(256, 128, 64, 8, 3, True),
     "256x128 8w 4s": Tiles(256, 128, 64, 8, 4, True),
-    "128x128 8w 3s 128r": Tiles(128, 128, 64, 8, 3, True, 4, 128),
-    "128x128 8w 3s 128r, 8 parts": Tiles(128, 128, 64, 8, 3, True, 8, 128),
-    "128x128 8w 4s 128r": Tiles(128, 128, 64, 8, 4, True, 4, 128),
-    "128x128 4w 3s": Tiles(128, 128, 64, 4, 3, True),
-    "64x128 4w 3s 128r": Tiles(64, 128, 64, 4, 3, True, 4, 128),
-    "64x128 4w 4s 128r": Tiles(64, 128, 64, 4, 4, True, 4, 128),
+    "128x128 8w 3s 128r": Tiles(128, 128, 64, 8, 3, True, 4, 128, 2),
+    "128x128 8w 3s 128r, 8 parts": Tiles(128, 128, 64, 8, 3, True, 8, 128, 2),
+    "128x128 8w 4s 128r": Tiles(128, 128, 64, 8, 4, True, 4, 128, 2),
+    "128x256 8w 5s": Tiles(128, 256, 64, 8, 5, True),  # of weight gradients: elsewhere five steps have no room
+    "128x128 8w 5s 128r": Tiles(128, 128, 64, 8, 5, True, 4, 128, 2),
+    "128x128 4w 3s": Tiles(128, 128, 64, 4, 3, True, programs=2),
+    "64x128 4w 3s 128r": Tiles(64, 128, 64, 4, 3, True, 4, 128, 3),
+    "64x128 4w 4s 128r": Tiles(64, 128, 64, 4, 4, True, 4, 128, 3),
     "128x256 8w 3s, pointers": Tiles(128, 256, 64, 8, 3, False),
 }
 _FINISHED_IN_PARTS: tuple[Product, ...] = ("up", "down", "hidden", "token")
