@@ -187,10 +187,20 @@ def cluster(unit_FE: Tensor, num_parts: int, *, generator: torch.Generator) -> T
         centres_CE = torch.cat([centres_CE, unit_FE[drawn : drawn + 1]])
     for _ in range(_PASSES):
         nearest_F = (unit_FE @ centres_CE.T).argmax(1)
-        total_CE = torch.zeros_like(centres_CE).index_add_(0, nearest_F, unit_FE)
+        total_CE = _sums_by_centre(unit_FE, nearest_F, num_parts)
         norm_C1 = total_CE.norm(dim=1, keepdim=True)
         centres_CE = torch.where(norm_C1 > 0, total_CE / norm_C1.clamp(min=1e-12), centres_CE)
     return centres_CE
+
+
+def _sums_by_centre(unit_FE: Tensor, nearest_F: Tensor, num_parts: int) -> Tensor:
+    """(num_parts, E) sums of the vectors that have a centre in common, to the same bits in every run.
+
+    CUDA's index_add_ adds in any order: two runs would find parts that differ in the last digits, and end with other weights.
+    """
+    if unit_FE.device.type == "cuda":
+        return F.one_hot(nearest_F, num_parts).to(unit_FE.dtype).T @ unit_FE
+    return unit_FE.new_zeros(num_parts, unit_FE.shape[1]).index_add_(0, nearest_F, unit_FE)
 
 
 def score_parts(detail_nCL: Tensor, *, concept_nM: Tensor, label_n: Tensor, group_M: Tensor) -> Tensor:

@@ -237,3 +237,13 @@ def test_too_few_foreground_patches():
             num_clusterings=1,
             part_width=4,
         )
+
+
+def test_clusters_are_the_same_bits_in_every_run():
+    """On a GPU too, where adding by index gives other last digits each time."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    unit = torch.nn.functional.normalize(torch.randn(20_000, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    found = [cluster(unit.to(device), 5, generator=torch.Generator().manual_seed(3)).cpu() for _ in range(3)]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    torch.testing.assert_close(found[0], cluster(unit, 5, generator=torch.Generator().manual_seed(3)), atol=1e-4, rtol=0)
