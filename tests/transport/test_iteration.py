@@ -112,7 +112,7 @@ def test_groups_of_pictures_change_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("eps", [0.2, 0.05, 0.02])
-@pytest.mark.parametrize(("N", "M"), [(49, 40), (197, 45)])  # the second is solved by powers of two
+@pytest.mark.parametrize(("N", "M"), [(49, 40), (196, 44)])  # the second is solved by powers of two
 def test_a_picture_does_not_depend_on_the_others_of_its_batch(eps, N, M):
     """Rounding that came from the batch once sent tokens to other experts on two processes than on one."""
     rng = torch.Generator().manual_seed(8)
