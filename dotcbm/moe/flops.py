@@ -34,9 +34,11 @@ def _forward_flops(x_shape: torch.Size, index_shape: torch.Size, gate_shape: tor
 def _backward_flops(
     dy_shape: torch.Size, x_shape: torch.Size, index_shape: torch.Size, gate_shape: torch.Size, up_shape: torch.Size, *rest: Any, **__: Any
 ) -> int:
-    # Four products, of which the hidden layer's gradient is always made; the last two arguments say which of the others are.
+    # Four products, of which the hidden layer's gradient is always made; the last two arguments say which of the others are. Rows of x may
+    # be in the order of experts.
+    del x_shape
     *_, of_tokens, of_weights = rest
-    half = experts_flops(x_shape[0], width=up_shape[1], hidden=up_shape[2], k=index_shape[1]) // 2
+    half = experts_flops(dy_shape[0], width=up_shape[1], hidden=up_shape[2], k=index_shape[1]) // 2
     return half * (1 + of_tokens + 2 * of_weights)
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "add_tiles_kernel",
     "bias_gate_kernel",
     "bias_gradient_kernel",
+    "dispatch_kernel",
     "hidden_gradient_kernel",
     "out_kernel",
     "up_kernel",
@@ -87,16 +88,21 @@ def _prefetch(ptr, row_M, H, n0, BN: tl.constexpr):
 
 
 @triton.jit
-def _sum_rows(x, dtype: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Columns' sums of x, (BM, BN): of its halves added up and rounded to `dtype`, by the tensor cores where these know it.
+def _fold_rows(x, dtype: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """x, (BM, BN), with its lower half of the rows added to the upper one and rounded to `dtype`.
 
     Threads that share a column are many; a thread has the same row of both halves, where rows are as they are for loads and stores.
     """
-    half = tl.sum(x.reshape(2, BM // 2, BN), 0).to(dtype)
-    if dtype == tl.float32 or _INTERPRETED:
+    return tl.sum(x.reshape(2, BM // 2, BN), 0).to(dtype)
+
+
+@triton.jit
+def _sum_columns(half, M: tl.constexpr):
+    """Columns' sums of `half`, (M, N), by the tensor cores where these know its type."""
+    if half.dtype == tl.float32 or _INTERPRETED:
         total = tl.sum(half.to(tl.float32), 0)
     else:
-        total = tl.max(tl.dot(tl.full((16, BM // 2), 1.0, dtype), half), 0)  # of sixteen that are equal
+        total = tl.max(tl.dot(tl.full((16, M), 1.0, half.dtype), half), 0)  # of sixteen that are equal
     return total
 
 
@@ -197,6 +203,8 @@ def up_kernel(
     SLOTS,
     HAS_BIAS: tl.constexpr,
     KEEP: tl.constexpr,
+    IN_ORDER: tl.constexpr,
+    A_DESC: tl.constexpr,
     B_DESC: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -212,8 +220,10 @@ def up_kernel(
         n = i % across
         expert, begin, end = _rows_of(tile_ptr, i // across)
         row = begin + tl.arange(0, BM)
-        assignment = tl.load(order_ptr + tl.minimum(row, end - 1))
-        acc = _multiply(x, up, assignment // SLOTS, 0, expert * D, n * BN, D, H, False, B_DESC, False, EVEN_K, EVEN_N, WIDEN, BM, BN, BK)
+        rows = tl.minimum(row, end - 1)
+        assignment = tl.load(order_ptr + rows)
+        rows = rows if IN_ORDER else assignment // SLOTS
+        acc = _multiply(x, up, rows, begin, expert * D, n * BN, D, H, A_DESC, B_DESC, False, EVEN_K, EVEN_N, WIDEN, BM, BN, BK)
         gate = tl.load(gate_ptr + assignment)
         parts = _split(acc, BM, BN, PARTS)
         for j in tl.static_range(PARTS):
@@ -299,6 +309,8 @@ def hidden_gradient_kernel(
     R,
     SLOTS,
     HAS_BIAS: tl.constexpr,
+    IN_ORDER: tl.constexpr,
+    A_DESC: tl.constexpr,
     B_DESC: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -315,11 +327,14 @@ def hidden_gradient_kernel(
     if expert < 0:
         return
     row = begin + tl.arange(0, BM)
-    _prefetch(z_ptr, tl.minimum(row, end - 1), H, n * BN, BN)
-    assignment = tl.load(order_ptr + tl.minimum(row, end - 1))
-    acc = _multiply(dy, down, assignment // SLOTS, 0, expert * H, n * BN, D, H, False, B_DESC, True, EVEN_K, EVEN_N, WIDEN, BM, BN, BK)
+    rows = tl.minimum(row, end - 1)
+    _prefetch(z_ptr, rows, H, n * BN, BN)
+    assignment = tl.load(order_ptr + rows)
+    rows = rows if IN_ORDER else assignment // SLOTS
+    acc = _multiply(dy, down, rows, begin, expert * H, n * BN, D, H, A_DESC, B_DESC, True, EVEN_K, EVEN_N, WIDEN, BM, BN, BK)
     gate = tl.load(gate_ptr + assignment)
     dgate = tl.zeros((BM,), tl.float32)
+    halves = ()
     parts = _split(acc, BM, BN, PARTS)
     for j in tl.static_range(PARTS):
         offs_n = n * BN + j * (BN // PARTS) + tl.arange(0, BN // PARTS)
@@ -333,8 +348,13 @@ def hidden_gradient_kernel(
         dz = parts[j] * gate[:, None] * (below + z * (_INVERSE_SQRT_2PI * exponential))
         tl.store(dz_ptr + at, dz, mask=ok)
         if HAS_BIAS:
-            total = _sum_rows(tl.where(ok, dz, 0.0), dz_ptr.dtype.element_ty, BM, BN // PARTS)
-            tl.store(sum_ptr + tile.to(tl.int64) * H + offs_n, total, mask=offs_n < H)
+            half = _fold_rows(tl.where(ok, dz, 0.0), dz_ptr.dtype.element_ty, BM, BN // PARTS)
+            halves += (half,)
+            if j % 2:  # the columns of two parts in one product
+                half = tl.join(halves[j - 1], half).permute(0, 2, 1).reshape(BM // 2, BN // PARTS * 2)
+                offs_n = n * BN + (j - 1) * (BN // PARTS) + tl.arange(0, BN // PARTS * 2)
+            if j % 2 or PARTS == 1:
+                tl.store(sum_ptr + tile.to(tl.int64) * H + offs_n, _sum_columns(half, BM // 2), mask=offs_n < H)
     tl.store(dgate_ptr + n.to(tl.int64) * R + assignment, dgate, mask=row < end)
 
 
@@ -419,6 +439,32 @@ def bias_gate_kernel(
 
 
 @triton.jit
+def dispatch_kernel(x_ptr, inverse_ptr, out_ptr, T, D, SLOTS: tl.constexpr, BT: tl.constexpr, B: tl.constexpr):
+    """Each token's row to the K places that it has in the order of experts."""
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    offs = tl.program_id(1) * B + tl.arange(0, B)
+    ok = (token < T)[:, None] & (offs < D)[None, :]
+    x = tl.load(x_ptr + token[:, None].to(tl.int64) * D + offs[None, :], mask=ok, other=0.0)
+    for slot in tl.static_range(SLOTS):
+        row = tl.load(inverse_ptr + token * SLOTS + slot, mask=token < T, other=0)
+        tl.store(out_ptr + row[:, None].to(tl.int64) * D + offs[None, :], x, mask=ok)
+
+
+@triton.jit
+def _add_product(acc, a_tile, b, row, ok, r, n0, N, DESC: tl.constexpr, EVEN_N: tl.constexpr, WIDEN: tl.constexpr, BN: tl.constexpr):
+    """acc + a^T b, of BN columns of `b` from n0 on; `row` starts at r."""
+    if DESC:
+        b_tile = b.load([r, n0])
+    else:
+        offs_n = n0 + tl.arange(0, BN)
+        held = ok[:, None] if EVEN_N else ok[:, None] & (offs_n < N)[None, :]
+        b_tile = tl.load(b + row[:, None].to(tl.int64) * N + offs_n[None, :], mask=held, other=0.0)
+    if WIDEN:
+        b_tile = b_tile.to(tl.float32)
+    return tl.dot(tl.trans(a_tile), b_tile, acc, input_precision="ieee")
+
+
+@triton.jit
 def weight_gradient_kernel(
     a_ptr,
     b,
@@ -438,20 +484,24 @@ def weight_gradient_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """The sum of a^T b over a chunk of an expert's rows: to `out` where it is the only one, else in float32 to its slot of `work`.
 
     `a` is read in the rows of the tokens and `b`, with B_DESC through a descriptor, in the order of experts: there the rows after the chunk
-    are not masked, as those that they are multiplied with are zero. The result is written as it is or, TRANSPOSED, as b^T a.
+    are not masked, as those that they are multiplied with are zero. The result is written as it is or, TRANSPOSED, as b^T a. A tile has
+    PARTS (1 or 3) sums of BN columns each, as Triton has sizes of powers of two alone.
     """
-    across, down = tl.cdiv(N, BN), tl.cdiv(M, BM)
+    across, down = tl.cdiv(N, PARTS * BN), tl.cdiv(M, BM)
     tile = tl.program_id(0) // (across * down)
     m, n = tl.program_id(0) // across % down, tl.program_id(0) % across
     expert, begin, end = _rows_of(tile_ptr, tile)
     if expert < 0:
         return
-    offs_m, offs_n, offs_k = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    offs_m, offs_k = m * BM + tl.arange(0, BM), tl.arange(0, BK)
+    n0 = n * PARTS * BN
     acc = tl.zeros((BM, BN), tl.float32)
+    second, third = acc, acc
     for r in range(begin, end, BK):
         row = r + offs_k
         ok = row < end
@@ -459,21 +509,22 @@ def weight_gradient_kernel(
         token = tl.load(order_ptr + row, mask=ok, other=0) // SLOTS
         a_ok = ok[:, None] if EVEN_M else ok[:, None] & (offs_m < M)[None, :]
         a_tile = tl.load(a_ptr + token[:, None].to(tl.int64) * M + offs_m[None, :], mask=a_ok, other=0.0)
-        if B_DESC:
-            b_tile = b.load([r, n * BN])
-        else:
-            b_ok = ok[:, None] if EVEN_N else ok[:, None] & (offs_n < N)[None, :]
-            b_tile = tl.load(b + row[:, None].to(tl.int64) * N + offs_n[None, :], mask=b_ok, other=0.0)
         if WIDEN:
-            a_tile, b_tile = a_tile.to(tl.float32), b_tile.to(tl.float32)
-        acc = tl.dot(tl.trans(a_tile), b_tile, acc, input_precision="ieee")
+            a_tile = a_tile.to(tl.float32)
+        acc = _add_product(acc, a_tile, b, row, ok, r, n0, N, B_DESC, EVEN_N, WIDEN, BN)
+        if PARTS == 3:
+            second = _add_product(second, a_tile, b, row, ok, r, n0 + BN, N, B_DESC, EVEN_N, WIDEN, BN)
+            third = _add_product(third, a_tile, b, row, ok, r, n0 + 2 * BN, N, B_DESC, EVEN_N, WIDEN, BN)
     slot = tl.load(tile_ptr + 4 * tile + 3)
-    at = offs_n[None, :] * M + offs_m[:, None] if TRANSPOSED else offs_m[:, None] * N + offs_n[None, :]
-    held = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    if slot < 0:
-        tl.store(out_ptr + expert.to(tl.int64) * size + at, acc, mask=held)
-    else:
-        tl.store(work_ptr + slot.to(tl.int64) * size + at, acc, mask=held)
+    for j in tl.static_range(PARTS):
+        offs_n = n0 + j * BN + tl.arange(0, BN)
+        total = acc if j == 0 else second if j == 1 else third
+        at = offs_n[None, :] * M + offs_m[:, None] if TRANSPOSED else offs_m[:, None] * N + offs_n[None, :]
+        held = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+        if slot < 0:
+            tl.store(out_ptr + expert.to(tl.int64) * size + at, total, mask=held)
+        else:
+            tl.store(work_ptr + slot.to(tl.int64) * size + at, total, mask=held)
 
 
 @triton.jit

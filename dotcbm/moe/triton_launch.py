@@ -12,13 +12,29 @@ from typing import Any, Literal, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dotcbm.moe import triton_kernels as kernels
 from dotcbm.moe.triton_lanes import Lane
 from dotcbm.moe.triton_sorting import Sorted, TileMap, tile_map
 
-__all__ = ["PRODUCTS", "Product", "Rows", "Tiles", "chunk_size", "down_bias", "gate_parts", "hidden", "out", "tiles_of", "up", "weight"]
+__all__ = [
+    "PRODUCTS",
+    "Product",
+    "Rows",
+    "Tiles",
+    "chunk_size",
+    "dispatch",
+    "down_bias",
+    "gate_parts",
+    "hidden",
+    "out",
+    "tiles_of",
+    "up",
+    "weight",
+    "weight_of_rows",
+]
 
 Product = Literal["up", "down", "hidden", "token", "up_weight", "down_weight"]
 PRODUCTS: tuple[Product, ...] = ("up", "down", "hidden", "token", "up_weight", "down_weight")
@@ -28,16 +44,16 @@ _OUT: Any = kernels.out_kernel
 _HIDDEN: Any = kernels.hidden_gradient_kernel
 _BIAS: Any = kernels.bias_gradient_kernel
 _BIAS_GATE: Any = kernels.bias_gate_kernel
+_DISPATCH: Any = kernels.dispatch_kernel
 _WEIGHT: Any = kernels.weight_gradient_kernel
 _ADD_CHUNKS: Any = kernels.add_chunks_kernel
 _ADD_TILES: Any = kernels.add_tiles_kernel
 _ADD_SLOTS: Any = kernels.add_slots_kernel
 
 _H100_SMS = 132
-# Rounds of programs that weight gradients should have at least: the last, in which some of the GPU idles, is then a small part.
-_ROUNDS = 4
 # What programs of the additions take at a time.
 _SUM_TILES, _SUM_COLUMNS, _SUMMED_TOKENS, _ADDED = 16, 128, 32, 1024
+_DISPATCHED_TOKENS, _DISPATCHED_COLUMNS = 16, 256
 _MOST_ADDING = 64  # programs for an expert's chunks
 # And those of a bias's gradient: rows, of which there is a map anyway, and columns; tokens, experts and columns for K > 1.
 _BIAS_ROWS, _BIAS_COLUMNS = 128, 64
@@ -52,7 +68,7 @@ class Tiles(NamedTuple):
     """What one program computes and how.
 
     A program makes `rows` by `columns` of a product in steps of `inner`. Descriptors (Hopper's copy engine) serve weights and what is in
-    the order of experts; tokens are read through pointers.
+    the order of experts; what is in that of tokens is read through pointers.
     """
 
     rows: int
@@ -62,32 +78,40 @@ class Tiles(NamedTuple):
     num_stages: int
     descriptors: bool
     parts: int = 4
-    """Pieces of the columns, 1, 2, 4 or 8, that are finished one after another; more need fewer registers. Not of weight gradients."""
+    """Pieces of the columns, 1, 2, 4 or 8, that are finished one after another; more need fewer registers. Of a weight gradient, 1 or 3,
+    that are summed beside each other: tiles of Triton have a power of two of columns."""
     max_registers: int | None = None
     """Per thread; 128 let two programs of 8 warps share a multiprocessor."""
     programs: int = 1
     """Started for each multiprocessor where they take one tile after another: as many as it runs at once, or so many that each has few."""
 
 
-def tiles_of(product: Product, dtype: torch.dtype, *, inner: int, columns: int) -> Tiles:
-    """One of two shapes, so that a kernel is compiled twice at most for each type, K = 1 and sizes that divide; chosen by measurement.
+def tiles_of(product: Product, dtype: torch.dtype, *, inner: int, columns: int, in_order: bool = False) -> Tiles:
+    """Few shapes, so that a kernel is compiled twice at most for each type, K = 1 and sizes that divide; chosen by measurement.
 
     Two small programs on a multiprocessor serve each other: while one waits for its first operands or finishes what it has multiplied, the
     other multiplies. Long sums are bound by what has to be read from the cache, of which wide tiles need less; but "hidden" has too much
-    to finish.
+    to finish, and so has "up" unless its operand is slow to come, one row at a time.
 
     Args:
         product: Which.
         dtype: Of its operands.
         inner: Length of its sums; of a weight gradient, whose sums are over rows, the side that belongs to tokens (D).
         columns: N.
+        in_order: Whether what belongs to tokens lies in the order of experts.
     """
     of_weight = product in ("up_weight", "down_weight")
     if dtype == torch.float32:  # no tensor cores in full precision
         return Tiles(64, 64, 32, 4, 4 if of_weight else 2, descriptors=False, parts=1, programs=64)
-    if product != "hidden" and inner > _FEW_STEPS and columns % 256 == 0:
-        return Tiles(128, 256, 64, 8, 5 if of_weight else 4, descriptors=True)
-    return Tiles(128, 128, 64, 8, 5 if of_weight else 3, descriptors=True, max_registers=128, programs=2)
+    if of_weight:
+        if columns % 384 == 0:
+            return Tiles(128, 384, 64, 8, 5, descriptors=True, parts=3)
+        if inner > _FEW_STEPS and columns % 256 == 0:
+            return Tiles(128, 256, 64, 8, 5, descriptors=True, parts=1)
+        return Tiles(128, 128, 64, 8, 5, descriptors=True, parts=1, max_registers=128, programs=2)
+    if product != "hidden" and not (product == "up" and in_order) and inner > _FEW_STEPS and columns % 256 == 0:
+        return Tiles(128, 256, 64, 8, 4, descriptors=True)
+    return Tiles(128, 128, 64, 8, 3, descriptors=True, max_registers=128, programs=2)
 
 
 @dataclass
@@ -110,19 +134,37 @@ class Rows:
         return self.maps[size]
 
 
+def dispatch(x_TD: Tensor, rows: Rows) -> Tensor:
+    """(R, D) each token once for each of its experts, in the order of experts."""
+    T, D = x_TD.shape
+    row_RD = x_TD.new_empty(rows.num_rows, D)
+    grid = (triton.cdiv(T, _DISPATCHED_TOKENS), triton.cdiv(D, _DISPATCHED_COLUMNS))
+    _DISPATCH[grid](x_TD, rows.sorted.inverse_R, row_RD, T, D, SLOTS=rows.k, BT=_DISPATCHED_TOKENS, B=_DISPATCHED_COLUMNS)
+    return row_RD
+
+
 def up(
-    x_TD: Tensor, up_EDH: Tensor, bias_EH: Tensor | None, gate_TK: Tensor, rows: Rows, *, keep: bool, tiles: Tiles | None = None
+    x: Tensor,
+    up_EDH: Tensor,
+    bias_EH: Tensor | None,
+    gate_TK: Tensor,
+    rows: Rows,
+    *,
+    keep: bool,
+    in_order: bool = False,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(R, H) z, empty without `keep`, and (R, H) g GELU(z)."""
+    """(R, H) z, empty without `keep`, and (R, H) g GELU(z), of tokens (T, D) or, `in_order`, what `dispatch` made of them (R, D)."""
     _, D, H = up_EDH.shape
-    tiles = tiles or tiles_of("up", x_TD.dtype, inner=D, columns=H)
-    gated_RH = x_TD.new_empty(rows.num_rows, H)
-    z_RH = x_TD.new_empty(gated_RH.shape if keep else (0,))
+    tiles = tiles or tiles_of("up", x.dtype, inner=D, columns=H, in_order=in_order)
+    gated_RH = x.new_empty(rows.num_rows, H)
+    z_RH = x.new_empty(gated_RH.shape if keep else (0,))
     tile_L4, span_E3 = rows.tiles(tiles.rows)
-    weight, described = _described(up_EDH, (tiles.inner, tiles.columns), tiles, inner=D)
+    a, a_described = _described(x, (tiles.rows, tiles.inner), tiles, inner=D) if in_order else (x, False)
+    b, b_described = _described(up_EDH, (tiles.inner, tiles.columns), tiles, inner=D)
     _UP[_staying(tile_L4, H, tiles)](
-        x_TD,
-        weight,
+        a,
+        b,
         bias_EH,
         gate_TK,
         rows.sorted.order_R,
@@ -135,9 +177,11 @@ def up(
         rows.k,
         HAS_BIAS=bias_EH is not None,
         KEEP=keep,
-        B_DESC=described,
+        IN_ORDER=in_order,
+        A_DESC=a_described,
+        B_DESC=b_described,
         PARTS=tiles.parts,
-        **_compiled(x_TD, tiles, D, H),
+        **_compiled(x, tiles, D, H),
     )
     return z_RH, gated_RH
 
@@ -197,7 +241,7 @@ def _add_slots(row_RD: Tensor, rows: Rows, result_TD: Tensor) -> None:
 
 
 def hidden(
-    dy_TD: Tensor,
+    dy: Tensor,
     down_EHD: Tensor,
     z_RH: Tensor,
     gate_TK: Tensor,
@@ -205,36 +249,45 @@ def hidden(
     dgate_PR: Tensor,
     *,
     d_bias_EH: Tensor | None = None,
+    in_order: bool = False,
     tiles: Tiles | None = None,
+    lane: Lane = _HERE,
 ) -> Tensor:
-    """(R, H) dz; writes parts of d(gate), whose sum it is, to `dgate_PR` (see `gate_parts`), and the up bias's gradient to `d_bias_EH`."""
+    """(R, H) dz; writes parts of d(gate), whose sum it is, to `dgate_PR` (see `gate_parts`), and the up bias's gradient to `d_bias_EH`.
+
+    The gradient is (T, D) or, `in_order`, what `dispatch` made of it (R, D).
+    """
     E, H, D = down_EHD.shape
-    tiles = tiles or tiles_of("hidden", dy_TD.dtype, inner=D, columns=H)
+    tiles = tiles or tiles_of("hidden", dy.dtype, inner=D, columns=H)
     tile_L4, span_E3 = rows.tiles(tiles.rows)
     dz_RH = torch.empty_like(z_RH)
     sum_LH = gate_TK.new_empty((len(tile_L4), H) if d_bias_EH is not None else (0,))
-    weight, described = _described(down_EHD, (tiles.columns, tiles.inner), tiles, inner=D)
-    _HIDDEN[_grid(tile_L4, H, tiles)](
-        dy_TD,
-        weight,
-        z_RH,
-        gate_TK,
-        rows.sorted.order_R,
-        tile_L4,
-        dz_RH,
-        dgate_PR,
-        sum_LH,
-        D,
-        H,
-        rows.num_rows,
-        rows.k,
-        HAS_BIAS=d_bias_EH is not None,
-        B_DESC=described,
-        PARTS=tiles.parts,
-        **_compiled(dy_TD, tiles, D, H),
-    )
-    if d_bias_EH is not None:
-        _ADD_TILES[(triton.cdiv(H, _SUM_COLUMNS), E)](sum_LH, span_E3, d_bias_EH, H, L=_SUM_TILES, B=_SUM_COLUMNS)
+    a, a_described = _described(dy, (tiles.rows, tiles.inner), tiles, inner=D) if in_order else (dy, False)
+    b, b_described = _described(down_EHD, (tiles.columns, tiles.inner), tiles, inner=D)
+    with lane.using(sum_LH):
+        _HIDDEN[_grid(tile_L4, H, tiles)](
+            a,
+            b,
+            z_RH,
+            gate_TK,
+            rows.sorted.order_R,
+            tile_L4,
+            dz_RH,
+            dgate_PR,
+            sum_LH,
+            D,
+            H,
+            rows.num_rows,
+            rows.k,
+            HAS_BIAS=d_bias_EH is not None,
+            IN_ORDER=in_order,
+            A_DESC=a_described,
+            B_DESC=b_described,
+            PARTS=tiles.parts,
+            **_compiled(dy, tiles, D, H),
+        )
+        if d_bias_EH is not None:
+            _ADD_TILES[(triton.cdiv(H, _SUM_COLUMNS), E)](sum_LH, span_E3, d_bias_EH, H, L=_SUM_TILES, B=_SUM_COLUMNS)
     return dz_RH
 
 
@@ -307,7 +360,8 @@ def weight(
     tile_L4, span_E3 = rows.tiles(chunk)
     # Experts with several chunks have more than `chunk` rows, so 2 R / chunk chunks at most.
     work = token_TD.new_empty((2 * rows.num_rows // chunk, D, H), dtype=torch.float32)
-    row, described = _described(row_RH, (tiles.inner, tiles.columns), tiles)
+    piece = tiles.columns // tiles.parts
+    row, described = _described(row_RH, (tiles.inner, piece), tiles)
     with lane.using(work):
         _WEIGHT[(len(tile_L4) * per_chunk,)](
             token_TD,
@@ -324,13 +378,24 @@ def weight(
             B_DESC=described,
             EVEN_M=D % tiles.rows == 0,
             EVEN_N=H % tiles.columns == 0,
-            **_blocks(result, tiles),
+            PARTS=tiles.parts,
+            **_blocks(result, tiles._replace(columns=piece)),
         )
         _ADD_CHUNKS[(min(_MOST_ADDING, triton.cdiv(D * H, _ADDED)), E)](work, span_E3, result, D * H, B=_ADDED)
 
 
+def weight_of_rows(a_RX: Tensor, b_RY: Tensor, rows: Rows) -> Tensor:
+    """(E, X, Y) each expert's a^T b, of what both lie in the order of experts, by PyTorch.
+
+    Its kernel (CUTLASS's) has two multiprocessors share what one of them has read, which Triton does not do.
+    """
+    return F.grouped_mm(a_RX.T, b_RY, offs=rows.sorted.end_E)
+
+
 def chunk_size(num_rows: int, num_experts: int, per_chunk: int, num_sms: int) -> int:
-    """Rows of an expert that a program sums: all of them unless the GPU had too little to do, or the expert has twice its share.
+    """Rows of an expert that a program sums: all of them unless much of the GPU had nothing to do, or the expert has twice its share.
+
+    To add up chunks costs as much as a third of the GPU that idles.
 
     Args:
         num_rows: R.
@@ -338,7 +403,7 @@ def chunk_size(num_rows: int, num_experts: int, per_chunk: int, num_sms: int) ->
         per_chunk: Programs that share a chunk.
         num_sms: Programs that run at once.
     """
-    wanted = triton.cdiv(_ROUNDS * num_sms, per_chunk)
+    wanted = triton.cdiv(num_sms, per_chunk)
     rows = triton.cdiv(2 * num_rows, num_experts) if wanted <= 1.5 * num_experts else triton.cdiv(num_rows, wanted)
     return max(256, triton.cdiv(rows, 64) * 64)
 

@@ -15,7 +15,22 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from dotcbm.moe.triton_launch import PRODUCTS, Product, Rows, Tiles, down_bias, gate_parts, hidden, out, tiles_of, up, weight
+from dotcbm.moe.backend_triton import puts_in_order
+from dotcbm.moe.triton_launch import (
+    PRODUCTS,
+    Product,
+    Rows,
+    Tiles,
+    dispatch,
+    down_bias,
+    gate_parts,
+    hidden,
+    out,
+    tiles_of,
+    up,
+    weight,
+    weight_of_rows,
+)
 from dotcbm.moe.triton_sorting import sort_by_expert, tile_map
 
 from .expert_speed import Problem, Size
@@ -36,17 +51,24 @@ CANDIDATES: dict[str, Tiles] = {
     "128x128 8w 3s 128r": Tiles(128, 128, 64, 8, 3, True, 4, 128, 2),
     "128x128 8w 3s 128r, 8 parts": Tiles(128, 128, 64, 8, 3, True, 8, 128, 2),
     "128x128 8w 4s 128r": Tiles(128, 128, 64, 8, 4, True, 4, 128, 2),
-    "128x256 8w 5s": Tiles(128, 256, 64, 8, 5, True),  # of weight gradients: elsewhere five steps have no room
-    "128x128 8w 5s 128r": Tiles(128, 128, 64, 8, 5, True, 4, 128, 2),
     "128x128 4w 3s": Tiles(128, 128, 64, 4, 3, True, programs=2),
     "64x128 4w 3s 128r": Tiles(64, 128, 64, 4, 3, True, 4, 128, 3),
     "64x128 4w 4s 128r": Tiles(64, 128, 64, 4, 4, True, 4, 128, 3),
     "128x256 8w 3s, pointers": Tiles(128, 256, 64, 8, 3, False),
+    # Of weight gradients, which are not finished in parts:
+    "128x384 8w 5s": Tiles(128, 384, 64, 8, 5, True, 3),
+    "64x384 4w 5s": Tiles(64, 384, 64, 4, 5, True, 3),
+    "128x256 8w 5s": Tiles(128, 256, 64, 8, 5, True, 1),
+    "256x128 8w 5s": Tiles(256, 128, 64, 8, 5, True, 1),
+    "128x128 8w 3s 128r, no parts": Tiles(128, 128, 64, 8, 3, True, 1, 128, 2),
+    "128x128 8w 5s 128r": Tiles(128, 128, 64, 8, 5, True, 1, 128, 2),
+    "128x256 8w 5s, pointers": Tiles(128, 256, 64, 8, 5, False, 1),
 }
-_FINISHED_IN_PARTS: tuple[Product, ...] = ("up", "down", "hidden", "token")
 SMALL_CANDIDATES = {
-    "32x32": Tiles(32, 32, 16, 4, 2, True, 1),
-    "32x32, pointers": Tiles(32, 32, 16, 4, 2, False, 1),
+    "32x32": Tiles(32, 32, 16, 4, 2, True, 2),
+    "32x32, pointers": Tiles(32, 32, 16, 4, 2, False, 2),
+    "32x96": Tiles(32, 96, 16, 4, 2, True, 3),
+    "32x32, pointers, no parts": Tiles(32, 32, 16, 4, 2, False, 1),
 }
 
 
@@ -73,16 +95,20 @@ def measure_kernels(problem: Problem, *, device: torch.device, repeats: int) -> 
     steps, flops = _steps(problem), 2 * problem.num_tokens * problem.size.k * problem.size.width * problem.size.hidden
     num_experts = problem.size.num_experts
     rows = steps.rows[0]
+    in_order: dict[str, Callable[[int], object]] = {"dispatch": steps.dispatch} if steps.in_order else {}
     calls: dict[str, Callable[[int], object]] = {
         "sort": lambda index: sort_by_expert(problem.index[index], num_experts),
         "a tile map": lambda index: tile_map(rows.sorted.end_E, rows.num_rows, 128),
+        **in_order,
         **{product: lambda index, product=product: steps.run(product, index, None) for product in PRODUCTS},
         "down bias": steps.bias,
     }
     samples = interleave(calls, device=device, repeats=repeats)
     found = [KernelRow(name, x.median, flops if name in PRODUCTS else 0) for name, x in samples.items()]
-    total = sum(row.milliseconds for row in found) + 2 * found[1].milliseconds  # three maps: forward's, backward's, and chunks
-    return [*found, KernelRow("sum, with three maps", total, 6 * flops)]
+    # Three maps: forward's, backward's, and chunks, which rows in order do not need; but these are dispatched twice.
+    again = found[1].milliseconds + found[2 if steps.in_order else 1].milliseconds
+    name = "sum, with two maps and dispatches" if steps.in_order else "sum, with three maps"
+    return [*found, KernelRow(name, sum(row.milliseconds for row in found) + again, 6 * flops)]
 
 
 def kernel_table(title: str, rows: Sequence[KernelRow]) -> Table:
@@ -107,8 +133,11 @@ def precompile(sizes: Sequence[Size], candidates: Sequence[Tiles]) -> None:
     for size in sizes:
         for product in PRODUCTS:
             for tiles in candidates:
+                if not _serves(tiles, product):
+                    continue
                 wide, deep = _columns(product, size), _inner(product, size)
-                key = (product, tiles, size.k == 1, wide % tiles.columns == 0, deep % tiles.inner == 0, deep % tiles.rows == 0)
+                sizes_divide = wide % tiles.columns == 0, deep % tiles.inner == 0, deep % tiles.rows == 0
+                key = (product, tiles, size.k == 1, _in_order(size), *sizes_divide)
                 jobs.setdefault(key, (size, product, tiles))
     workers = min(12, max(1, (os.cpu_count() or 2) - 2))
     parts = [list(jobs.values())[i::workers] for i in range(workers)]
@@ -124,7 +153,7 @@ def sweep(problem: Problem, candidates: dict[str, Tiles], *, device: torch.devic
     for names in (list(candidates), list(candidates)[::-1]):
         for product in PRODUCTS:
             for name in names:
-                if product not in _FINISHED_IN_PARTS and "parts" in name:
+                if not _serves(candidates[name], product):
                     continue
                 try:
                     time = _median(lambda index: steps.run(product, index, candidates[name]), device)  # noqa: B023 (called at once)
@@ -152,7 +181,8 @@ def tile_table(title: str, rows: Sequence[TileRow], size: Size, num_tokens: int)
     lines.append(["best of each, ms", *(number(best[product]) for product in PRODUCTS)])
     errors = "".join(f" {row.name} does not run: {row.error}." for row in rows if row.error)
     rate = number(6 * flops / total / 1e9)
-    note = f"TFLOP/s. *: best. In brackets: what tiles_of takes now. Best together: {number(total)} ms, {rate} TFLOP/s.{errors}"
+    ordered = " Rows were put in order, for which PyTorch makes gradients of weights (see the table of kernels)." if _in_order(size) else ""
+    note = f"TFLOP/s. *: best. In brackets: what tiles_of takes now. Best together: {number(total)} ms, {rate} TFLOP/s.{ordered}{errors}"
     return Table(title, ["rows x columns (x 64), warps, stages", *PRODUCTS], lines, note)
 
 
@@ -167,31 +197,43 @@ class _Steps:
         self.x = [x.detach() for x in problem.x]
         weights = (experts.up_EDH, experts.up_bias_EH, experts.down_EHD, experts.down_bias_ED)
         self.weights = tuple(None if w is None else w.detach() for w in weights)
+        self.in_order = _in_order(problem.size)
+        self.x_rows = [dispatch(x, rows) if self.in_order else x for x, rows in zip(self.x, self.rows, strict=True)]
+        self.dy_rows = [dispatch(dy, rows) if self.in_order else dy for dy, rows in zip(problem.dy, self.rows, strict=True)]
         forward = [self.run("up", index, None) for index in range(NUM_SETS)]
         self.z, self.gated = zip(*forward, strict=True)
         self.dz = [self.run("hidden", index, None)[0] for index in range(NUM_SETS)]
         self.d_up, self.d_down = torch.empty_like(self.weights[0]), torch.empty_like(self.weights[2])  # pyright: ignore[reportArgumentType]
 
     def run(self, product: Product, index: int, tiles: Tiles | None) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, gate, dy = self.rows[index], self.gate[index], self.problem.dy[index]
+        rows, gate, x, dy = self.rows[index], self.gate[index], self.x_rows[index], self.dy_rows[index]
         up_EDH, up_bias, down_EHD, down_bias = self.weights
         assert up_EDH is not None
         assert down_EHD is not None
         if product == "up":
-            return up(self.x[index], up_EDH, up_bias, gate, rows, keep=True, tiles=tiles)
+            return up(x, up_EDH, up_bias, gate, rows, keep=True, in_order=self.in_order, tiles=tiles)
         if product == "down":
             return (out("down", self.gated[index], down_EHD, down_bias, gate, rows, tiles=tiles),) * 2
         if product == "hidden":
             parts_PR = gate.new_empty(gate_parts(down_EHD, tiles), rows.num_rows)
             bias = torch.empty_like(up_bias)  # pyright: ignore[reportArgumentType]
-            return (hidden(dy, down_EHD, self.z[index], gate, rows, parts_PR, d_bias_EH=bias, tiles=tiles),) * 2
+            routing = gate, rows, parts_PR
+            return (hidden(dy, down_EHD, self.z[index], *routing, d_bias_EH=bias, in_order=self.in_order, tiles=tiles),) * 2
         if product == "token":
             return (out("token", self.dz[index], up_EDH, None, gate, rows, tiles=tiles),) * 2
+        in_order = self.in_order and tiles is None  # tiles are of our own kernel
+        if product == "up_weight" and in_order:
+            return (weight_of_rows(x, self.dz[index], rows),) * 2
         if product == "up_weight":
             weight("up_weight", self.x[index], self.dz[index], rows, self.d_up, tiles=tiles)
+        elif in_order:
+            return (weight_of_rows(self.gated[index], dy, rows),) * 2
         else:
-            weight("down_weight", dy, self.gated[index], rows, self.d_down, tiles=tiles)
+            weight("down_weight", self.problem.dy[index], self.gated[index], rows, self.d_down, tiles=tiles)
         return self.d_up, self.d_down
+
+    def dispatch(self, index: int) -> torch.Tensor:
+        return dispatch(self.x[index], self.rows[index])
 
     def bias(self, index: int) -> None:
         bias_ED, dgate_R = self.weights[3], torch.empty_like(self.gate[index].view(-1))
@@ -214,10 +256,18 @@ def _inner(product: Product, size: Size) -> int:
 
 
 def _chosen(product: Product, size: Size, num_tokens: int) -> str:
-    chosen = tiles_of(product, torch.bfloat16, inner=_inner(product, size), columns=_columns(product, size))
-    if product not in _FINISHED_IN_PARTS:
-        chosen = chosen._replace(parts=4)
-    return next((name for name, tiles in CANDIDATES.items() if tiles == chosen), "")
+    sizes = {"inner": _inner(product, size), "columns": _columns(product, size)}
+    chosen = tiles_of(product, torch.bfloat16, **sizes, in_order=_in_order(size))
+    return next((name for name, tiles in CANDIDATES.items() if tiles == chosen and _serves(tiles, product)), "")
+
+
+def _serves(tiles: Tiles, product: Product) -> bool:
+    """A weight gradient has 1 or 3 sums beside each other; what else there is is finished in 2, 4 or 8 parts."""
+    return (tiles.parts in (1, 3)) == (product in ("up_weight", "down_weight"))
+
+
+def _in_order(size: Size) -> bool:
+    return torch.cuda.is_available() and puts_in_order(torch.bfloat16, torch.device("cuda"), width=size.width, hidden=size.hidden)
 
 
 def _median(call: Callable[[int], object], device: torch.device) -> float:

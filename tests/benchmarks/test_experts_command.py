@@ -27,7 +27,7 @@ def test_every_table_comes_out(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert {row["name"] for row in raw["speed"]} == {"dense FFN", "triton", "grouped", "padded", "loop"}
     for row in raw["tiles"]:
         assert not row["error"]
-        assert min(row["milliseconds"].values()) > 0
+        assert sum((time or 0) > 0 for time in row["milliseconds"].values()) in (2, 4)  # of weight gradients, or of the other products
 
 
 def test_a_cpu_has_nothing_to_time(monkeypatch: pytest.MonkeyPatch):

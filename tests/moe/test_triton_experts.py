@@ -31,7 +31,8 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """Tiles of which tiny problems have several, with what is dense read in both ways; and those that are chosen for real."""
     if request.param != "chosen":
         small = SMALL._replace(descriptors=request.param != "pointers")
-        monkeypatch.setattr(triton_launch, "tiles_of", lambda *_, **__: small)
+        of_weights = small._replace(columns=96, parts=3)
+        monkeypatch.setattr(triton_launch, "tiles_of", lambda product, *_, **__: of_weights if "weight" in product else small)
         monkeypatch.setattr(triton_launch, "chunk_size", lambda *_: 48)
         monkeypatch.setattr(triton_launch, "_num_sms", lambda _: 2)  # so that a program takes several tiles
     return request.param
@@ -107,6 +108,42 @@ def test_triton_in_half_precision(tiles, dtype, k):
     check(ours, reference(experts, x, index, gate, weight), 1e-3 if dtype == torch.float16 else 8e-3 if DEVICE.type == "cuda" else 2e-2)
 
 
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_with_rows_put_in_order(tiles, monkeypatch, dtype, k):
+    """What training does with large layers: `up` and `hidden` read rows in order, and PyTorch makes the gradients of weights."""
+    if dtype == torch.float32 and DEVICE.type == "cuda":
+        pytest.skip("PyTorch has no grouped products in float32 there")
+    monkeypatch.setattr(backend_triton, "puts_in_order", lambda *_, **__: True)
+    experts, x, (index, gate) = experts_of(E=9, D=40, H=72, dtype=dtype), tokens(38, 70, 40).to(dtype), random_routing(39, 70, 4, k)
+    index, weight = index * 2, tokens(40, 70, 40).to(dtype)  # experts 1, 3, 5, 7 and 8 are empty
+    tolerance = 1e-6 if dtype == torch.float32 else 8e-3 if DEVICE.type == "cuda" else 2e-2
+    ours = results(experts, x, index, gate, "triton", weight)
+    check(ours, reference(experts, x, index, gate, weight), tolerance)
+    for gradient in ours[3:]:
+        assert gradient[[1, 3, 5, 7, 8]].abs().max() == 0
+    assert results(experts, x[:0], index[:0], gate[:0], "triton")[0].shape == (0, 40)
+
+
+def test_rows_are_put_in_order_where_that_was_measured_to_pay(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    cuda = torch.device("cuda")
+    sizes = [(384, 1536), (768, 768), (768, 1024), (1024, 1024), (768, 3072), (770, 3072)]
+    assert [backend_triton.puts_in_order(torch.bfloat16, cuda, width=d, hidden=h) for d, h in sizes] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
+    for dtype, device in ((torch.float16, cuda), (torch.float32, cuda), (torch.bfloat16, torch.device("cpu"))):
+        assert not backend_triton.puts_in_order(dtype, device, width=1024, hidden=4096)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert not backend_triton.puts_in_order(torch.bfloat16, cuda, width=1024, hidden=4096)
+
+
 def test_triton_under_autocast():
     experts, x, (index, gate), weight = experts_of(), tokens(13, 100, 16), random_routing(14, 100, 8, 2), tokens(15, 100, 16)
     inputs = [x.clone().requires_grad_(), gate.clone().requires_grad_()]
@@ -162,9 +199,11 @@ def test_without_cuda_all_lanes_are_the_current_stream():
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="streams are of CUDA")
+@pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("k", [1, 2])
-def test_triton_gives_the_same_bits_in_lanes(monkeypatch, k, captured):
+def test_triton_gives_the_same_bits_in_lanes(monkeypatch, k, captured, in_order):
+    monkeypatch.setattr(backend_triton, "puts_in_order", lambda *_, **__: in_order)
     experts, x, (index, gate) = (
         experts_of(E=8, D=256, H=256, dtype=torch.bfloat16),
         tokens(35, 4000, 256).bfloat16(),
@@ -216,22 +255,27 @@ def test_triton_maps_each_row_to_one_tile(counts, size):
 
 
 def test_chunks_fill_the_gpu_and_are_not_many():
-    # 18 programs to a chunk and 132 at once: 8 experts would make 144.
-    assert 8 * 18 < 4 * 132 <= 18 * (65536 // chunk_size(65536, 8, 18, 132) + 1)
-    # 64 experts are enough, so only one with twice its share is cut.
-    assert chunk_size(65536, 64, 18, 132) == 2048
+    # 3 programs to a chunk and 132 at once: 8 experts would make 24.
+    assert 8 * 3 < 132 <= 8 * 3 * -(-8192 // chunk_size(65536, 8, 3, 132))
+    # 96 programs, for which most of the GPU works, are enough, so only an expert with twice its share is cut.
+    assert chunk_size(65536, 32, 3, 132) == 4096
     assert chunk_size(1, 8, 18, 132) == 256
 
 
 def test_few_configurations():
     chosen = {
-        tiles_of(product, torch.bfloat16, inner=inner, columns=columns)
+        (product, in_order): {
+            tiles_of(product, torch.bfloat16, inner=inner, columns=columns, in_order=in_order)
+            for inner in (192, 384, 768, 1024, 3072)
+            for columns in (192, 384, 768, 1024, 3072)
+        }
         for product in triton_launch.PRODUCTS
-        for inner in (192, 384, 768, 1024, 3072)
-        for columns in (192, 384, 768, 1024, 3072)
+        for in_order in (False, True)
     }
-    assert len({(tile.rows, tile.columns, tile.inner) for tile in chosen}) == 2
-    assert len(chosen) == 4  # a weight gradient has other stages
+    for (product, in_order), tiles in chosen.items():
+        one = product == "hidden" or (product == "up" and in_order)
+        assert len(tiles) == (1 if one else 3 if "weight" in product else 2)
+        assert all(tile.columns % tile.parts == 0 for tile in tiles)
 
 
 @pytest.mark.parametrize("gate", [0.0, 1e-30])
@@ -258,7 +302,9 @@ def test_triton_counts_as_by_formula(k):
     assert meta.get_total_flops() == 3 * expected
 
 
-def test_triton_operators_are_registered_as_torch_wants_them():
+@pytest.mark.parametrize("in_order", [False, True])
+def test_triton_operators_are_registered_as_torch_wants_them(monkeypatch, in_order):
+    monkeypatch.setattr(backend_triton, "puts_in_order", lambda *_, **__: in_order)
     experts, x, (index, gate) = experts_of(), tokens(27, 20, 16), random_routing(28, 20, 8, 2)
     weights = (experts.up_EDH, experts.up_bias_EH, experts.down_EHD, experts.down_bias_ED)
     inputs = (x.requires_grad_(), index, gate.requires_grad_(), *weights)
@@ -266,10 +312,10 @@ def test_triton_operators_are_registered_as_torch_wants_them():
     torch.library.opcheck(backend_triton._operator, (*inputs, True), test_utils=tests)
     torch.library.opcheck(backend_triton._operator, (*inputs[:4], None, inputs[5], None, False), test_utils=tests)
     with torch.no_grad():
-        y, *kept = torch.ops.dotcbm.experts(*inputs, True)
-        arguments = (y, *inputs[:4], *inputs[5:], *kept)
+        y, row_RD, *kept = torch.ops.dotcbm.experts(*inputs, True)
+        arguments = (y, row_RD if in_order else x, *inputs[1:4], *inputs[5:], *kept)
         for wanted in ((True, True, True), (True, False, True), (False, True, False)):
-            torch.library.opcheck(backend_triton._gradient_operator, (*arguments, *wanted), test_utils=tests[:2])
+            torch.library.opcheck(backend_triton._gradient_operator, (*arguments, in_order, *wanted), test_utils=tests[:2])
 
 
 def test_triton_in_a_compiled_graph():
@@ -304,8 +350,10 @@ def test_auto_knows_what_the_tiles_need():
     for product, dtype in itertools.product(triton_launch.PRODUCTS, (torch.float32, torch.bfloat16)):
         every = [tiles_of(product, dtype, inner=inner, columns=columns) for inner, columns in sizes]
         # Two stages of a weight gradient are of the rows' order; what is finished while operands come needs room beside them.
-        held = [(tiles.num_stages - 2 * product.endswith("weight")) * tiles.inner * (tiles.rows + tiles.columns) for tiles in every]
-        needed = [size + tiles.rows * tiles.columns // tiles.parts for size, tiles in zip(held, every, strict=True)]
+        of_weights = product.endswith("weight")
+        held = [(tiles.num_stages - 2 * of_weights) * tiles.inner * (tiles.rows + tiles.columns) for tiles in every]
+        finished = [0 if of_weights else tiles.rows * tiles.columns // tiles.parts for tiles in every]
+        needed = [sum(sizes) for sizes in zip(held, finished, strict=True)]
         assert max(needed) * dtype.itemsize <= experts_module._TILE_BYTES
         if product in ("up", "down", "token") and dtype == torch.bfloat16:
             assert max(needed) * dtype.itemsize >= experts_module._TILE_BYTES - 1024
