@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dotcbm.transport.backend_torch import groups_of
 from dotcbm.transport.memory import fresh_like
 from dotcbm.transport.plan import Settings, TransportPlan
 
@@ -79,15 +80,12 @@ def _gradients(
     *,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, N, M = cost_BNM.shape
     d_cost, d_theta, d_gamma = (
         fresh_like(cost_BNM),
         torch.empty_like(theta_BN),
         torch.empty_like(gamma_BM),
     )
-    step = max(1, _GROUP_ELEMENTS // (N * M)) if cost_BNM.device.type == "cpu" else max(1, B)
-    for start in range(0, B, step):
-        rows = slice(start, start + step)
+    for rows in groups_of(cost_BNM, _GROUP_ELEMENTS):
         given = (tensor[rows] for tensor in (grad_BNM, cost_BNM, theta_BN, gamma_BM, log_v_BM, plan_BNM))
         d_theta[rows], d_gamma[rows] = _group(*given, settings=settings, out_GNM=d_cost[rows])
     return d_cost, d_theta, d_gamma
@@ -169,6 +167,7 @@ def _conjugate_gradients(plan_GNM: Tensor, over_row_GN: Tensor, right_GM: Tensor
     residual_G1M = scale_G1M * right_GM[:, None]
     solved_G1M, direction_G1M = torch.zeros_like(residual_G1M), residual_G1M
     square_G11 = _squares(residual_G1M)
+    zero = square_G11.new_zeros(())  # a number would be made a tensor in every call
     enough_G11 = square_G11 * tolerance**2
     for _ in range(min(_MAX_STEPS, 2 * right_GM.shape[1])):
         open_G11 = square_G11 > enough_G11
@@ -179,14 +178,14 @@ def _conjugate_gradients(plan_GNM: Tensor, over_row_GN: Tensor, right_GM: Tensor
         image_G1M = torch.addcmul(own_G1M, scale_G1M, torch.bmm(forward_G1N, plan_GNM), value=-power_u)
         curvature_G11 = (direction_G1M * image_G1M).sum(2, keepdim=True)
         bent_G11 = open_G11 & (curvature_G11 > flat * _squares(direction_G1M))
-        length_G11 = torch.where(bent_G11, square_G11 / curvature_G11, 0.0)
+        length_G11 = torch.where(bent_G11, square_G11 / curvature_G11, zero)
         solved_G1M.addcmul_(length_G11, direction_G1M)
         residual_G1M = torch.addcmul(residual_G1M, length_G11, image_G1M, value=-1)
         new_G11 = _squares(residual_G1M)
         # A picture that is done stays as it is: its direction would grow without bound.
-        turn_G11 = torch.where(bent_G11, new_G11 / square_G11, 0.0)
+        turn_G11 = torch.where(bent_G11, new_G11 / square_G11, zero)
         direction_G1M = torch.addcmul(residual_G1M, turn_G11, direction_G1M)
-        square_G11 = torch.where(bent_G11, new_G11, 0.0)
+        square_G11 = torch.where(bent_G11, new_G11, zero)
     return (scale_G1M * solved_G1M)[:, 0]
 
 
