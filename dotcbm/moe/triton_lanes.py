@@ -31,6 +31,7 @@ class Lane:
         """
         self._stream = stream
         self._held: list[Tensor] = []
+        self._used = False
 
     @contextmanager
     def using(self, *scratch: Tensor) -> Iterator[None]:
@@ -43,15 +44,20 @@ class Lane:
             yield
             return
         self._held += scratch
+        self._used = True
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             yield
 
     def join(self) -> None:
-        """Let what is launched in the current stream from now on wait for this lane."""
-        if self._stream is not None:
+        """Let what is launched in the current stream from now on wait for this lane.
+
+        A lane that nothing was launched in is let be: to wait for a stream that is no part of a CUDA graph breaks its capture.
+        """
+        if self._stream is not None and self._used:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         self._held.clear()
+        self._used = False
 
 
 @contextmanager

@@ -198,6 +198,33 @@ def test_without_cuda_all_lanes_are_the_current_stream():
     assert scratch.tolist() == [2, 2, 2]
 
 
+def test_a_lane_that_was_not_used_is_not_waited_for():
+    class Stream:
+        device = torch.device("cuda")
+
+    triton_lanes.Lane(Stream()).join()  # without CUDA there is no current stream that could wait
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="streams are of CUDA")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_triton_is_captured_with_and_without_gradients_of_weights(monkeypatch, frozen):
+    monkeypatch.setattr(triton_lanes, "_LARGE", 0)
+    experts, x = experts_of(E=8, D=64, H=64, dtype=torch.bfloat16).requires_grad_(not frozen), tokens(41, 500, 64).bfloat16()
+    index, gate = random_routing(42, 500, 8, 2)
+    x.requires_grad_()
+
+    def step() -> torch.Tensor:
+        return torch.autograd.grad(experts(x, index, gate, "triton").float().square().sum(), x)[0]
+
+    for _ in range(3):
+        eager = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert torch.equal(captured, eager)
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="streams are of CUDA")
 @pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("captured", [False, True])
