@@ -36,7 +36,7 @@ __all__ = ["Backend", "Experts"]
 Backend = Literal["auto", "grouped", "triton", "padded", "loop", "dense"]
 _HAS_TRITON = find_spec("triton") is not None
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Of shared memory: four steps of the largest tiles, a quarter of one that is finished, and barriers (`dotcbm.moe.triton_launch.tiles_of`).
+# Of shared memory: four steps of the largest tiles, a quarter of one that is finished, and barriers (`dotcbm.moe.triton_tiles.tiles_of`).
 _TILE_BYTES = (4 * 64 * (128 + 256) + 128 * 256 // 4) * 2 + 1024
 
 flops.register()  # so that counters and Lightning's MFU see the grouped products

@@ -16,22 +16,9 @@ import numpy as np
 import torch
 
 from dotcbm.moe.backend_triton import puts_in_order
-from dotcbm.moe.triton_launch import (
-    PRODUCTS,
-    Product,
-    Rows,
-    Tiles,
-    dispatch,
-    down_bias,
-    gate_parts,
-    hidden,
-    out,
-    tiles_of,
-    up,
-    weight,
-    weight_of_rows,
-)
+from dotcbm.moe.triton_launch import Rows, dispatch, down_bias, gate_parts, hidden, out, up, weight, weight_of_rows
 from dotcbm.moe.triton_sorting import sort_by_expert, tile_map
+from dotcbm.moe.triton_tiles import PRODUCTS, Product, Tiles, tiles_of
 
 from .expert_speed import Problem, Size
 from .tables import Table, number

@@ -7,7 +7,7 @@ From the repository's root:
 
 Sections: correctness; for each size of the specification's table the speed of every backend beside a dense MLP of equal active FLOPs,
 and where the time of the Triton backend goes; a summary; with `--tune` the rate of each product under a list of tile configurations, from
-which `dotcbm.moe.triton_launch.tiles_of` is chosen. `--only` picks sections by a part of their name.
+which `dotcbm.moe.triton_tiles.tiles_of` is chosen. `--only` picks sections by a part of their name.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ if not triton_runs():
     pytest.skip("no Triton, or one whose interpreter does not work", allow_module_level=True)
 
 from dotcbm.moe import backend_triton, triton_lanes, triton_launch
-from dotcbm.moe.triton_launch import Rows, Tiles, chunk_size, tiles_of
+from dotcbm.moe.triton_launch import Rows
 from dotcbm.moe.triton_sorting import sort_by_expert, tile_map
+from dotcbm.moe.triton_tiles import PRODUCTS, Tiles, chunk_size, tiles_of
 
 SMALL = Tiles(64, 32, 32, 4, 2, descriptors=True, parts=2)
 
@@ -296,7 +297,7 @@ def test_few_configurations():
             for inner in (192, 384, 768, 1024, 3072)
             for columns in (192, 384, 768, 1024, 3072)
         }
-        for product in triton_launch.PRODUCTS
+        for product in PRODUCTS
         for in_order in (False, True)
     }
     for (product, in_order), tiles in chosen.items():
@@ -374,7 +375,7 @@ def test_maps_are_made_once():
 
 def test_auto_knows_what_the_tiles_need():
     sizes = [(inner, columns) for inner in (384, 768, 3072) for columns in (384, 768, 1000)]
-    for product, dtype in itertools.product(triton_launch.PRODUCTS, (torch.float32, torch.bfloat16)):
+    for product, dtype in itertools.product(PRODUCTS, (torch.float32, torch.bfloat16)):
         every = [tiles_of(product, dtype, inner=inner, columns=columns) for inner, columns in sizes]
         # Two stages of a weight gradient are of the rows' order; what is finished while operands come needs room beside them.
         of_weights = product.endswith("weight")
