@@ -42,9 +42,6 @@ class ExpertTraining:
             no loss, but a selection bias that moves after each optimizer step.
         balance_weight: Of each layer's term, >= 0. Switch and Sigma-MoE-Tiny take 1e-2.
         top1_tau: > 0, temperature of "top1".
-        top1_tau_start: > 0, its temperature in the first step, from which it comes down to `top1_tau` by a like factor each step; None for
-            `top1_tau` all along, as Sigma-MoE-Tiny has it. So sharp, it leaves experts that nobody chooses at first without a gradient.
-        top1_tau_steps: Steps until it is down.
         bias_step: > 0, how far "bias" moves in a step.
         z_weight: Of each layer's z-loss, >= 0; ST-MoE takes 1e-3.
         sparsify: Begin with more active experts; its target must be the encoder's k.
@@ -54,8 +51,6 @@ class ExpertTraining:
     balance: Balance = "global"
     balance_weight: float = 1e-2
     top1_tau: float = 0.1
-    top1_tau_start: float | None = None
-    top1_tau_steps: int = 0
     bias_step: float = 1e-3
     z_weight: float = 0.0
     sparsify: Sparsification | None = None
@@ -69,21 +64,8 @@ class ExpertTraining:
             raise ValueError(f"balance_weight is {self.balance_weight} and z_weight {self.z_weight}; neither may be negative")
         if not self.top1_tau > 0 or not self.bias_step > 0:
             raise ValueError(f"top1_tau is {self.top1_tau} and bias_step {self.bias_step}; both must be positive")
-        if (self.top1_tau_start is None) != (self.top1_tau_steps == 0) or self.top1_tau_steps < 0:
-            raise ValueError(
-                f"top1_tau_start is {self.top1_tau_start} and top1_tau_steps {self.top1_tau_steps}; set both, to a temperature and to the "
-                "steps in which it comes down, or none of them"
-            )
-        if self.top1_tau_start is not None and not self.top1_tau_start > 0:
-            raise ValueError(f"top1_tau_start is {self.top1_tau_start}; it must be positive")
         if self.sparsify is not None and self.draws is not None:
             raise ValueError("sparsify and draws both say how many experts are active in a step; leave one of them out")
-
-    def tau(self, step: int) -> float:
-        """The temperature of "top1" in this global step."""
-        if self.top1_tau_start is None or step >= self.top1_tau_steps:
-            return self.top1_tau
-        return self.top1_tau_start * (self.top1_tau / self.top1_tau_start) ** (step / self.top1_tau_steps)
 
 
 class ExpertWork:
@@ -129,11 +111,6 @@ class ExpertWork:
                 a number of active experts that is validated and saved but not trained.
         """
         at_rest = [layer.k for layer in self.layers.values()]
-        if self.settings.top1_tau_steps > max_steps:
-            raise ValueError(
-                f"top1_tau comes down until step {self.settings.top1_tau_steps}, and training has {max_steps:.0f} steps; "
-                "lower top1_tau_steps, or train for longer"
-            )
         if (sparsify := self.settings.sparsify) is not None:
             sparsify.check(self.encoder, max_steps=sys.maxsize if max_steps == float("inf") else int(max_steps))
             if set(at_rest) != {sparsify.target}:
@@ -160,13 +137,10 @@ class ExpertWork:
         with at_budget(self.encoder, self.active(step)) if self.layers else nullcontext():
             yield
 
-    def terms(self, step: int) -> dict[str, Tensor]:
+    def terms(self) -> dict[str, Tensor]:
         """The losses of the forward pass just made, as means over layers: "balance" and "z", where they are asked for.
 
         Every process must call it, once for each micro-batch.
-
-        Args:
-            step: The global step.
         """
         settings = self.settings
         routing = {name: layer.routing for name, layer in self.layers.items() if layer.routing is not None}
@@ -175,14 +149,14 @@ class ExpertWork:
             seen = self._window.add({name: expert_load(made) for name, made in routing.items()})
         terms: dict[str, Tensor] = {}
         if settings.balance not in ("none", "bias") and settings.balance_weight:
-            terms["balance"] = torch.stack([self._balance(made, seen.get(name), step) for name, made in routing.items()]).mean()
+            terms["balance"] = torch.stack([self._balance(made, seen.get(name)) for name, made in routing.items()]).mean()
         if settings.z_weight:
             terms["z"] = torch.stack([z_loss(made) for made in routing.values()]).mean()
         return terms
 
-    def _balance(self, routing: Routing, load_E: Tensor | None, step: int) -> Tensor:
+    def _balance(self, routing: Routing, load_E: Tensor | None) -> Tensor:
         if self.settings.balance == "top1":
-            return top1_loss(routing, tau=self.settings.tau(step), over_ranks=True)
+            return top1_loss(routing, tau=self.settings.top1_tau, over_ranks=True)
         return switch_loss(routing, load_E)
 
     def end_step(self) -> None:

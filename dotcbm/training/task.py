@@ -312,7 +312,7 @@ class ConceptTask(LightningModule):
         del batch_idx
         with self.experts.at_step(self.global_step):
             terms, residual = self._read(batch)
-        terms |= self.experts.terms(self.global_step)
+        terms |= self.experts.terms()
         check_losses(terms, epoch=self.current_epoch, step=self.global_step, names=batch.names, checkpoint=self._last_checkpoint())
         loss = torch.stack([self.loss_weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         size = len(batch)

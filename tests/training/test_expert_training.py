@@ -9,7 +9,7 @@ import torch
 from dotcbm.encoders.image import ImageEncoder
 from dotcbm.hub import from_pretrained
 from dotcbm.models.linear_probe import LinearProbe
-from dotcbm.moe.balance import expert_counts, switch_loss, top1_loss
+from dotcbm.moe.balance import expert_counts, switch_loss
 from dotcbm.moe.layer import moe_layers
 from dotcbm.moe.matryoshka import BudgetDraws
 from dotcbm.moe.sparsify import Sparsification
@@ -90,7 +90,7 @@ def test_terms_are_means_over_layers_and_count_layer_by_layer(run):
     assert task.loss_weights["z"] == pytest.approx(0.02)
     torch.manual_seed(0)
     task.encoder(torch.randn(4, 3, 64, 64))
-    terms = task.experts.terms(0)
+    terms = task.experts.terms()
     routing = [layer.routing for layer in task.experts.layers.values()]
     assert float(terms["balance"]) == pytest.approx(float(sum(switch_loss(each) for each in routing)) / 2)
     z = sum(each.logit_TE[each.counted_T].logsumexp(-1).square().mean() for each in routing) / 2
@@ -136,11 +136,11 @@ def test_micro_batches_are_balanced_by_the_loads_of_the_step_so_far(run):
         torch.manual_seed(seed)
         task.encoder(torch.randn(2, 3, 64, 64))
         loads = [load + expert_counts(layer.routing) for load, layer in zip(loads, layers)]
-        found.append((float(task.experts.terms(0)["balance"]), sum(float(switch_loss(x.routing, c)) for x, c in zip(layers, loads)) / 2))
+        found.append((float(task.experts.terms()["balance"]), sum(float(switch_loss(x.routing, c)) for x, c in zip(layers, loads)) / 2))
     assert found[0][0] == pytest.approx(found[0][1])
     assert found[1][0] == pytest.approx(found[1][1])
     task.experts.end_step()
-    assert float(task.experts.terms(0)["balance"]) == pytest.approx(sum(float(switch_loss(x.routing)) for x in layers) / 2)
+    assert float(task.experts.terms()["balance"]) == pytest.approx(sum(float(switch_loss(x.routing)) for x in layers) / 2)
 
 
 class StopAt(pl.Callback):
@@ -232,9 +232,6 @@ def test_experts_need_an_encoder_that_has_and_trains_them(run):
         ({"balance": "swich"}, "choose one of"),
         ({"balance_weight": -1.0}, "neither may be negative"),
         ({"top1_tau": 0.0}, "must be positive"),
-        ({"top1_tau_start": 1.0}, "set both"),
-        ({"top1_tau_steps": 5}, "set both"),
-        ({"top1_tau_start": -1.0, "top1_tau_steps": 5}, "top1_tau_start is -1.0; it must be positive"),
         ({"bias_step": 0.0}, "must be positive"),
         ({"sparsify": SWITCH, "draws": BudgetDraws(k_max=2)}, "leave one of them out"),
     ],
@@ -242,21 +239,3 @@ def test_experts_need_an_encoder_that_has_and_trains_them(run):
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         ExpertTraining(**settings)
-
-
-def test_the_temperature_comes_down_by_a_like_factor_each_step_and_then_stays():
-    settings = ExpertTraining(balance="top1", top1_tau=0.1, top1_tau_start=1.6, top1_tau_steps=4)
-    assert [settings.tau(step) for step in (0, 1, 2, 3, 4, 900)] == pytest.approx([1.6, 0.8, 0.4, 0.2, 0.1, 0.1])
-    assert ExpertTraining(balance="top1", top1_tau=0.3).tau(0) == 0.3
-
-
-def test_the_balance_loss_of_a_step_has_its_temperature(run):
-    settings = ExpertTraining(balance="top1", top1_tau_start=2.0, top1_tau_steps=10)
-    task = expert_task(run, settings)
-    task.encoder(torch.randn(3, 3, 64, 64))
-    layers = list(task.experts.layers.values())
-    for step, tau in ((0, 2.0), (10, 0.1)):
-        expected = torch.stack([top1_loss(layer.routing, tau=tau) for layer in layers]).mean()
-        torch.testing.assert_close(task.experts.terms(step)["balance"], expected)
-    with pytest.raises(ValueError, match="comes down until step 10, and training has 9 steps"):
-        task.experts.check(max_steps=9)

@@ -154,7 +154,7 @@ def train_model(
                 logit_BK = model(pictures.image_B3HW[rows]).class_logit_BK.float()
         loss = F.cross_entropy(logit_BK, pictures.label_B[rows])
         losses.append(loss.detach())
-        total = loss + sum((work.loss_weights[name] * term for name, term in work.terms(step).items()), loss.new_zeros(()))
+        total = loss + sum((work.loss_weights[name] * term for name, term in work.terms().items()), loss.new_zeros(()))
         total.backward()
         optimizer.step()
         optimizer.zero_grad()
