@@ -21,6 +21,7 @@ __all__ = ["experts_triton", "puts_in_order"]
 # Sizes from which it pays to put rows in order, by measurement: their copy takes the same time whatever is made of them, and where
 # a gradient of weights has few columns our own kernel makes it as fast of rows that are not.
 _WIDE, _LONG = 768, 1024
+_MOST_GROUPS = 1023  # of PyTorch's grouped products
 
 
 def experts_triton(
@@ -40,12 +41,12 @@ def experts_triton(
     return torch.ops.dotcbm.experts(x_TD, index_TK.long().contiguous(), gate_TK, up_EDH, up_bias_EH, down_EHD, down_bias_ED, keep)[0]
 
 
-def puts_in_order(dtype: torch.dtype, device: torch.device, *, width: int, hidden: int) -> bool:
+def puts_in_order(dtype: torch.dtype, device: torch.device, *, width: int, hidden: int, num_experts: int) -> bool:
     """Whether training copies rows into the order of experts, for which PyTorch's grouped products make the gradients of weights.
 
     They do so in bfloat16 on Hopper.
     """
-    if dtype != torch.bfloat16 or device.type != "cuda" or width < _WIDE or hidden < _LONG:
+    if dtype != torch.bfloat16 or device.type != "cuda" or width < _WIDE or hidden < _LONG or num_experts > _MOST_GROUPS:
         return False
     return grouped_applies(dtype, width, hidden) and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= 9
 
@@ -65,7 +66,7 @@ def _forward(
 
     T, D, (E, _, H) = len(x_TD), x_TD.shape[1], up_EDH.shape
     order = sort_by_expert(index_TK, E)
-    in_order = keep and puts_in_order(x_TD.dtype, x_TD.device, width=D, hidden=H)
+    in_order = keep and puts_in_order(x_TD.dtype, x_TD.device, width=D, hidden=H, num_experts=E)
     y_TD, row_RD, z_RH, gated_RH = (x_TD.new_empty(0, size) for size in (D, D, H, H))
     if T:
         rows = launch.Rows(order, index_TK.shape[1])
@@ -90,7 +91,7 @@ def _fake_forward(
     del gate_TK, up_bias_EH, down_EHD, down_bias_ED
     (T, K), (E, D, H) = index_TK.shape, up_EDH.shape
     hidden, rows, experts = ((T * K, H), (T * K,), (E,)) if keep else ((0,),) * 3
-    in_order = keep and puts_in_order(x_TD.dtype, x_TD.device, width=D, hidden=H)
+    in_order = keep and puts_in_order(x_TD.dtype, x_TD.device, width=D, hidden=H, num_experts=E)
     row_RD = x_TD.new_empty((T * K, D) if in_order else (0,))
     z_RH, gated_RH = (x_TD.new_empty(hidden) for _ in range(2))
     order_R, inverse_R, end_E = (index_TK.new_empty(size, dtype=torch.int32) for size in (rows, rows, experts))

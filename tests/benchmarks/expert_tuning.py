@@ -254,7 +254,8 @@ def _serves(tiles: Tiles, product: Product) -> bool:
 
 
 def _in_order(size: Size) -> bool:
-    return torch.cuda.is_available() and puts_in_order(torch.bfloat16, torch.device("cuda"), width=size.width, hidden=size.hidden)
+    sizes = {"width": size.width, "hidden": size.hidden, "num_experts": size.num_experts}
+    return torch.cuda.is_available() and puts_in_order(torch.bfloat16, torch.device("cuda"), **sizes)
 
 
 def _median(call: Callable[[int], object], device: torch.device) -> float:

@@ -130,19 +130,16 @@ def test_rows_are_put_in_order_where_that_was_measured_to_pay(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     cuda = torch.device("cuda")
-    sizes = [(384, 1536), (768, 768), (768, 1024), (1024, 1024), (768, 3072), (770, 3072)]
-    assert [backend_triton.puts_in_order(torch.bfloat16, cuda, width=d, hidden=h) for d, h in sizes] == [
-        False,
-        False,
-        True,
-        True,
-        True,
-        False,
-    ]
+    sizes = {(384, 1536): False, (768, 768): False, (768, 1024): True, (1024, 1024): True, (768, 3072): True, (770, 3072): False}
+    for (width, hidden), pays in sizes.items():
+        assert backend_triton.puts_in_order(torch.bfloat16, cuda, width=width, hidden=hidden, num_experts=64) == pays
+    large = {"width": 1024, "hidden": 4096}
     for dtype, device in ((torch.float16, cuda), (torch.float32, cuda), (torch.bfloat16, torch.device("cpu"))):
-        assert not backend_triton.puts_in_order(dtype, device, width=1024, hidden=4096)
+        assert not backend_triton.puts_in_order(dtype, device, **large, num_experts=8)
+    assert backend_triton.puts_in_order(torch.bfloat16, cuda, **large, num_experts=1023)
+    assert not backend_triton.puts_in_order(torch.bfloat16, cuda, **large, num_experts=1024)  # which PyTorch's products refuse
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    assert not backend_triton.puts_in_order(torch.bfloat16, cuda, width=1024, hidden=4096)
+    assert not backend_triton.puts_in_order(torch.bfloat16, cuda, **large, num_experts=8)
 
 
 def test_triton_under_autocast():
