@@ -380,9 +380,9 @@ def _bottleneck_class(name: str, *, given: type[Bottleneck] | None, where: Path)
 
 def _load(module: torch.nn.Module, weights: dict[str, Tensor], *, where: Path, what: str) -> None:
     try:
-        # `assign` keeps the precision that the weights were saved in. The copies lie aligned in memory, unlike a mapped file, and with their
-        # dimensions in order, unlike convolutions of a checkpoint, on both of which some kernels round differently: a model read back from
-        # either must give the same numbers.
+        # `assign` keeps the precision that the weights were saved in. The copies lie aligned in memory, unlike a mapped file, and in the
+        # order of their dimensions, unlike convolutions of a checkpoint: on both, some kernels round differently, and a model read back
+        # from either must give the same numbers.
         ordered = {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
         module.load_state_dict(ordered, assign=True)
     except RuntimeError as error:
