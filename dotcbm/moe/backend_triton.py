@@ -121,7 +121,9 @@ def _backward(
     from dotcbm.moe.triton_lanes import lanes
     from dotcbm.moe.triton_sorting import Sorted
 
-    found = _empty_gradients(dy_TD, gate_TK, up_EDH, down_EHD, down_bias_ED is not None, has_up_bias, of_tokens, of_weights)
+    made_by_torch = in_order and len(dy_TD) > 0  # the gradients of weights, in memory of their own
+    biases = of_weights and has_up_bias, of_weights and down_bias_ED is not None
+    found = _empty_gradients(dy_TD, gate_TK, up_EDH, down_EHD, of_tokens, of_weights and not made_by_torch, *biases)
     if not len(dy_TD):
         return tuple(gradient.zero_() for gradient in found)  # pyright: ignore[reportReturnType]
     dx_TD, _, d_up_EDH, d_up_bias_EH, d_down_EHD, d_down_bias_ED = found
@@ -151,10 +153,10 @@ def _empty_gradients(
     gate_TK: Tensor,
     up_EDH: Tensor,
     down_EHD: Tensor,
-    has_down_bias: bool,
-    has_up_bias: bool,
     of_tokens: bool,
     of_weights: bool,
+    of_up_bias: bool,
+    of_down_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of x, gates, and weights and biases in their order; empty where none is asked for."""
     E, D, H = up_EDH.shape
@@ -162,9 +164,9 @@ def _empty_gradients(
         dy_TD.new_empty(dy_TD.shape if of_tokens else (0,)),
         gate_TK.new_empty(gate_TK.shape),
         up_EDH.new_empty((E, D, H) if of_weights else (0,)),
-        up_EDH.new_empty((E, H) if of_weights and has_up_bias else (0,)),
+        up_EDH.new_empty((E, H) if of_up_bias else (0,)),
         down_EHD.new_empty((E, H, D) if of_weights else (0,)),
-        down_EHD.new_empty((E, D) if of_weights and has_down_bias else (0,)),
+        down_EHD.new_empty((E, D) if of_down_bias else (0,)),
     )
 
 
@@ -187,7 +189,8 @@ def _fake_backward(
     of_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     del x, index_TK, z_RH, gated_RH, order_R, inverse_R, end_E, in_order
-    return _empty_gradients(dy_TD, gate_TK, up_EDH, down_EHD, down_bias_ED is not None, has_up_bias, of_tokens, of_weights)
+    biases = of_weights and has_up_bias, of_weights and down_bias_ED is not None
+    return _empty_gradients(dy_TD, gate_TK, up_EDH, down_EHD, of_tokens, of_weights, *biases)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

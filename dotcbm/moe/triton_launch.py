@@ -195,7 +195,6 @@ def hidden(
     d_bias_EH: Tensor | None = None,
     in_order: bool = False,
     tiles: Tiles | None = None,
-    lane: Lane = _HERE,
 ) -> Tensor:
     """(R, H) dz; writes parts of d(gate), whose sum it is, to `dgate_PR` (see `gate_parts`), and the up bias's gradient to `d_bias_EH`.
 
@@ -208,30 +207,29 @@ def hidden(
     sum_LH = gate_TK.new_empty((len(tile_L4), H) if d_bias_EH is not None else (0,))
     a, a_described = _described(dy, (tiles.rows, tiles.inner), tiles, inner=D) if in_order else (dy, False)
     b, b_described = _described(down_EHD, (tiles.columns, tiles.inner), tiles, inner=D)
-    with lane.using(sum_LH):
-        _HIDDEN[_grid(tile_L4, H, tiles)](
-            a,
-            b,
-            z_RH,
-            gate_TK,
-            rows.sorted.order_R,
-            tile_L4,
-            dz_RH,
-            dgate_PR,
-            sum_LH,
-            D,
-            H,
-            rows.num_rows,
-            rows.k,
-            HAS_BIAS=d_bias_EH is not None,
-            IN_ORDER=in_order,
-            A_DESC=a_described,
-            B_DESC=b_described,
-            PARTS=tiles.parts,
-            **_compiled(dy, tiles, D, H),
-        )
-        if d_bias_EH is not None:
-            _ADD_TILES[(triton.cdiv(H, _SUM_COLUMNS), E)](sum_LH, span_E3, d_bias_EH, H, L=_SUM_TILES, B=_SUM_COLUMNS)
+    _HIDDEN[_grid(tile_L4, H, tiles)](
+        a,
+        b,
+        z_RH,
+        gate_TK,
+        rows.sorted.order_R,
+        tile_L4,
+        dz_RH,
+        dgate_PR,
+        sum_LH,
+        D,
+        H,
+        rows.num_rows,
+        rows.k,
+        HAS_BIAS=d_bias_EH is not None,
+        IN_ORDER=in_order,
+        A_DESC=a_described,
+        B_DESC=b_described,
+        PARTS=tiles.parts,
+        **_compiled(dy, tiles, D, H),
+    )
+    if d_bias_EH is not None:
+        _ADD_TILES[(triton.cdiv(H, _SUM_COLUMNS), E)](sum_LH, span_E3, d_bias_EH, H, L=_SUM_TILES, B=_SUM_COLUMNS)
     return dz_RH
 
 
