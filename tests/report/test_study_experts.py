@@ -103,6 +103,25 @@ def test_pictures_are_those_of_their_labels_in_a_split_that_is_part_of_another(t
     assert torch.equal(read(Late(), {"a": 2}).image_B3HW, late.image_B3HW)  # from the file
 
 
+def test_two_processes_write_the_same_pictures_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Synthetic(size=64, num_train=6, num_val=1, num_test=1, num_classes=2)
+    encoder = ImageEncoder("vit_moe/test", image_size=64, pretrained=False)
+    read = partial(read_pictures, source, {}, "train", preprocessing=encoder.preprocessing, cache=tmp_path, device="cpu")
+    save, others = torch.save, []
+
+    def save_while_another_process_does(pictures: Any, path: Path) -> None:
+        save(pictures, path)
+        if not others:
+            with monkeypatch.context() as another:
+                another.setattr("os.getpid", lambda: -1)
+                others.append(None)
+                others[0] = read()
+
+    monkeypatch.setattr(torch, "save", save_while_another_process_does)
+    assert torch.equal(read().image_B3HW, others[0].image_B3HW)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_record_of_other_settings_is_refused(tmp_path: Path) -> None:
     path = next(path for path in STUDIES if "balance" in path.name)
     study = read_expert_study(tiny(path, tmp_path))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,8 +65,12 @@ def read_pictures(
         dataset = source.load(split)
         read = [_prepared(dataset.sample(row, masks=False), preprocessing) for row in range(len(dataset))]
         cache.mkdir(parents=True, exist_ok=True)
-        torch.save((torch.stack(read).half(), dataset.label_N), aside := path.with_suffix(".partial"))
-        aside.replace(path)
+        aside = path.with_suffix(f".{os.getpid()}.partial")  # processes of one study may all be at it
+        try:
+            torch.save((torch.stack(read).half(), dataset.label_N), aside)
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
     image_B3HW, label_B = torch.load(path, weights_only=True)
     return Pictures(image_B3HW.float().to(device), label_B.to(device))
 
