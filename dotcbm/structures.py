@@ -164,7 +164,7 @@ class PatchFeatures:
 
     def pin_memory(self) -> PatchFeatures:
         """The same in memory from which a GPU copies on its own."""
-        return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})
+        return replace(self, **{name: _pinned(value) for name, value in self._tensors().items()})
 
     def rows(self, index: Tensor) -> PatchFeatures:
         """The pictures `index`, on the device where the features are."""
@@ -261,7 +261,7 @@ class ConceptBatch:
 
     def pin_memory(self) -> ConceptBatch:
         """The same in memory from which a GPU copies on its own (torch's loader calls this)."""
-        return _changed(self, lambda value: value.pin_memory())
+        return _changed(self, _pinned)
 
 
 @dataclass(frozen=True)
@@ -338,6 +338,11 @@ class ConceptOutput:
         """The same, cut from the graph."""
         cut: dict[str, Any] = {f.name: v.detach() for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
         return replace(self, **cut, losses={name: loss.detach() for name, loss in self.losses.items()})
+
+
+def _pinned(value: Any) -> Any:
+    # An expanded tensor, whose elements share memory, cannot be pinned.
+    return value.contiguous().pin_memory() if isinstance(value, Tensor) else value.pin_memory()
 
 
 def _changed(record: Any, change: Callable[[Any], Any]) -> Any:

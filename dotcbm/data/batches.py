@@ -194,7 +194,7 @@ class Rows(Dataset[ConceptBatch]):
                 label_B=self.dataset.label_N[rows],
                 index_B=torch.tensor(rows),
                 names=tuple(self.dataset.names[row] for row in rows),
-                size_B2=torch.tensor(self.preprocessing.size).expand(len(rows), 2),
+                size_B2=torch.tensor(self.preprocessing.size).repeat(len(rows), 1),
                 group_B=None if group_N is None else group_N[rows],
             )
         key = tuple(index)

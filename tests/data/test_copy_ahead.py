@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import cast
 
 import pytest
@@ -37,7 +37,7 @@ def assert_same(a: ConceptBatch, b: ConceptBatch) -> None:
         if isinstance(x, PatchFeatures):
             torch.testing.assert_close((x.patch_BND.cpu(), x.global_BD.cpu()), (y.patch_BND.cpu(), y.global_BD.cpu()), rtol=0, atol=0)
         elif isinstance(x, torch.Tensor):
-            torch.testing.assert_close(x.cpu(), y.cpu(), rtol=0, atol=0)
+            torch.testing.assert_close(x.cpu(), y.cpu(), rtol=0, atol=0, equal_nan=True)
         else:
             assert x == y
 
@@ -83,6 +83,25 @@ def test_workers_that_read_features_for_a_gpu_copy_ahead(tmp_path, device, worke
     without = ConceptDataModule(TinySource(), batch_size=8, cache_dir=None)
     without.use_encoder(encoder)
     assert not cast(Rows, without.train_dataloader().dataset).reads_features  # pictures, which the encoder takes longer for
+
+
+def test_every_tensor_of_a_batch_of_cached_features_can_be_pinned(tmp_path, monkeypatch):
+    """CUDA refuses memory that several elements share; the size of the pictures was expanded, and training with workers failed at once."""
+
+    def pin(tensor):
+        assert 0 not in tensor.stride() or tensor.numel() < 2
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    with torch.random.fork_rng():
+        encoder = ImageEncoder("timm/test_resnet", pretrained=False, image_size=64)
+    data = ConceptDataModule(TinySource(), batch_size=8, cache_dir=str(tmp_path))
+    data.use_encoder(encoder)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        found = next(iter(loader))
+        assert_same(found.pin_memory(), found)
+    expanded = replace(batch(3), size_B2=torch.tensor([64, 64]).expand(3, 2))
+    assert_same(expanded.pin_memory(), expanded)
 
 
 def test_a_gpu_computes_on_what_has_arrived():
