@@ -42,6 +42,8 @@ class ExpertTraining:
             no loss, but a selection bias that moves after each optimizer step.
         balance_weight: Of each layer's term, >= 0. Switch and Sigma-MoE-Tiny take 1e-2.
         top1_tau: > 0, temperature of "top1".
+        top1_switch: >= 0, times this the "global" loss is added to that of "top1", which has no gradient left for an expert that no token
+            comes near. Ours; 0 is the paper's, 10 at a balance_weight of 0.02 left no expert without tokens (reports/experts.md).
         bias_step: > 0, how far "bias" moves in a step.
         z_weight: Of each layer's z-loss, >= 0; ST-MoE takes 1e-3.
         sparsify: Begin with more active experts; its target must be the encoder's k.
@@ -51,6 +53,7 @@ class ExpertTraining:
     balance: Balance = "global"
     balance_weight: float = 1e-2
     top1_tau: float = 0.1
+    top1_switch: float = 0.0
     bias_step: float = 1e-3
     z_weight: float = 0.0
     sparsify: Sparsification | None = None
@@ -62,6 +65,10 @@ class ExpertTraining:
             raise ValueError(f"balance is {self.balance!r}; choose one of {list(get_args(Balance))}")
         if not self.balance_weight >= 0 or not self.z_weight >= 0:
             raise ValueError(f"balance_weight is {self.balance_weight} and z_weight {self.z_weight}; neither may be negative")
+        if not self.top1_switch >= 0:
+            raise ValueError(f"top1_switch is {self.top1_switch}; it may not be negative (0 leaves the Switch loss out)")
+        if self.top1_switch and self.balance != "top1":
+            raise ValueError(f"top1_switch is {self.top1_switch}, and balance is {self.balance!r}; it belongs to balance: top1")
         if not self.top1_tau > 0 or not self.bias_step > 0:
             raise ValueError(f"top1_tau is {self.top1_tau} and bias_step {self.bias_step}; both must be positive")
         if self.sparsify is not None and self.draws is not None:
@@ -145,7 +152,7 @@ class ExpertWork:
         settings = self.settings
         routing = {name: layer.routing for name, layer in self.layers.items() if layer.routing is not None}
         seen: dict[str, Tensor] = {}
-        if settings.balance in ("global", "bias"):
+        if settings.balance in ("global", "bias") or (settings.balance == "top1" and settings.top1_switch):
             seen = self._window.add({name: expert_load(made) for name, made in routing.items()})
         terms: dict[str, Tensor] = {}
         if settings.balance not in ("none", "bias") and settings.balance_weight:
@@ -156,7 +163,8 @@ class ExpertWork:
 
     def _balance(self, routing: Routing, load_E: Tensor | None) -> Tensor:
         if self.settings.balance == "top1":
-            return top1_loss(routing, tau=self.settings.top1_tau, over_ranks=True)
+            loss = top1_loss(routing, tau=self.settings.top1_tau, over_ranks=True)
+            return loss if load_E is None else loss + self.settings.top1_switch * switch_loss(routing, load_E)
         return switch_loss(routing, load_E)
 
     def end_step(self) -> None:

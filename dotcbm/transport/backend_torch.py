@@ -14,8 +14,9 @@ Pictures go through in groups that stay in the processor's cache, and each stops
 
 Momentum (`accelerate`): v is extrapolated as in Nesterov's method with restarts (O'Donoghue and Candes 2015), for a picture whose
 plain iteration is slow: from where its residual falls by less than a factor of `SLOW`. Where a residual rises, momentum starts anew;
-the iterate of the smallest residual is returned. On 1,600 random problems this took at most one iteration more than the plain one, and at
-eps 0.01 less than half of them (tests/transport/test_iteration.py).
+the iterate of the smallest residual is returned. On 87,120 random problems (2 to 12 patches and concepts, eps 0.02 to 1, balanced and
+not) this took a fifth to two fifths of the plain iterations at eps 0.02 and half to four fifths at 0.1, on average; on 4 of them over three
+more than the plain one, at worst 91 for 71.
 """
 
 from __future__ import annotations

@@ -137,6 +137,18 @@ def test_the_order_of_experts_and_tokens_does_not_matter(seed, k):
     assert torch.equal(expert_counts(here)[experts], expert_counts(there))
 
 
+def test_an_expert_that_no_token_comes_near_is_called_by_the_switch_loss_alone():
+    logit_TE = tokens(0, 50, 6)
+    logit_TE[:, 2] -= 10
+    logit_TE.requires_grad_()
+    routing = routing_of(logit_TE, 1)
+    (by_switch,) = torch.autograd.grad(switch_loss(routing), logit_TE)
+    (by_top1,) = torch.autograd.grad(top1_loss(routing), logit_TE)
+    assert (by_switch[:, 2] < 0).all()  # descent raises its logits
+    assert by_top1[:, 2].abs().max() < 1e-12 * by_top1.abs().max()
+    assert by_switch[:, 2].abs().max() > 1e-6 * by_switch.abs().max()
+
+
 def test_top1_loss_does_balance_what_the_switch_loss_leaves():
     """Logits that differ little favour one expert always: p is uniform, f is not."""
     logit_TE = 1e-3 * tokens(5, 400, 8)

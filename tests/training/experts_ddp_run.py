@@ -30,7 +30,7 @@ from dotcbm.training.task import ConceptTask
 
 RUNS = {
     "global": ExpertTraining(balance="global", balance_weight=0.5, z_weight=1e-3, draws=BudgetDraws(k_max=4)),
-    "top1": ExpertTraining(balance="top1", balance_weight=0.5),
+    "top1": ExpertTraining(balance="top1", balance_weight=0.5, top1_switch=2.0),
     "bias": ExpertTraining(balance="bias", bias_step=0.05),
 }
 

@@ -9,7 +9,7 @@ import torch
 from dotcbm.encoders.image import ImageEncoder
 from dotcbm.hub import from_pretrained
 from dotcbm.models.linear_probe import LinearProbe
-from dotcbm.moe.balance import expert_counts, switch_loss
+from dotcbm.moe.balance import expert_counts, switch_loss, top1_loss
 from dotcbm.moe.layer import moe_layers
 from dotcbm.moe.matryoshka import BudgetDraws
 from dotcbm.moe.sparsify import Sparsification
@@ -97,6 +97,14 @@ def test_terms_are_means_over_layers_and_count_layer_by_layer(run):
     assert float(terms["z"]) == pytest.approx(float(z), rel=1e-5)
     (gradient,) = torch.autograd.grad(terms["balance"] + terms["z"], [task.experts.layers["tower.model.blocks.1.mlp"].router.weight])
     assert gradient.abs().sum() > 0
+
+
+def test_the_switch_loss_can_be_added_to_the_top1_loss(run):
+    task = expert_task(run, ExpertTraining(balance="top1", top1_switch=3.0))
+    torch.manual_seed(0)
+    task.encoder(torch.randn(4, 3, 64, 64))
+    expected = [top1_loss(layer.routing) + 3 * switch_loss(layer.routing) for layer in task.experts.layers.values()]
+    assert float(task.experts.terms()["balance"]) == pytest.approx(float(sum(expected)) / 2)
 
 
 @pytest.mark.parametrize("balance", ["none", "top1", "bias"])
@@ -232,6 +240,8 @@ def test_experts_need_an_encoder_that_has_and_trains_them(run):
         ({"balance": "swich"}, "choose one of"),
         ({"balance_weight": -1.0}, "neither may be negative"),
         ({"top1_tau": 0.0}, "must be positive"),
+        ({"balance": "top1", "top1_switch": -1.0}, "may not be negative"),
+        ({"balance": "global", "top1_switch": 1.0}, "belongs to balance: top1"),
         ({"bias_step": 0.0}, "must be positive"),
         ({"sparsify": SWITCH, "draws": BudgetDraws(k_max=2)}, "leave one of them out"),
     ],
