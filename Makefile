@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	$(BIN)/dotcbm demo --out demo
 
 test: $(VENV)/.dev check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
