@@ -152,7 +152,7 @@ class ExpertWork:
         settings = self.settings
         routing = {name: layer.routing for name, layer in self.layers.items() if layer.routing is not None}
         seen: dict[str, Tensor] = {}
-        if settings.balance in ("global", "bias") or (settings.balance == "top1" and settings.top1_switch):
+        if settings.balance in ("global", "bias") or settings.top1_switch:
             seen = self._window.add({name: expert_load(made) for name, made in routing.items()})
         terms: dict[str, Tensor] = {}
         if settings.balance not in ("none", "bias") and settings.balance_weight:
