@@ -34,10 +34,14 @@ def orthogonality(vector_XND: Tensor, weight_XN: Tensor | None = None, *, form: 
     """
     unit = F.normalize(vector_XND.float(), dim=-1)
     cosine = unit @ unit.transpose(-1, -2)
-    pair = torch.ones_like(cosine) if weight_XN is None else (w := weight_XN.float().clamp(min=0))[..., :, None] * w[..., None, :]
-    pair = pair * (1 - torch.eye(cosine.shape[-1], device=cosine.device))
-    value = cosine.square() if form == "squared" else cosine
-    total = pair.sum((-1, -2))
+    other = 1 - torch.eye(count := cosine.shape[-1], device=cosine.device)
+    value = (cosine.square() if form == "squared" else cosine) * other
+    if weight_XN is None:
+        # The number of pairs is not summed: Triton 3.6 cannot compile a sum that depends on no input beside one that does.
+        return (value.sum((-1, -2)) / max(count * (count - 1), 1)).mean()
+    weight = weight_XN.float().clamp(min=0)
+    pair = weight[..., :, None] * weight[..., None, :]
+    total = (pair * other).sum((-1, -2))
     return ((pair * value).sum((-1, -2)) / total.clamp(min=torch.finfo(total.dtype).tiny)).mean()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dotcbm.losses import orthogonality
 from dotcbm.models.base import Bottleneck
 from dotcbm.models.cbm import CBM
 from dotcbm.models.cem import CEM
@@ -194,6 +195,19 @@ def test_what_cannot_be_compiled_is_named(run, monkeypatch):
     monkeypatch.setattr(compiled, "_compiled", lambda read, mode: torch.compile(read, backend=no_compiler))
     with pytest.raises(ValueError, match=r"cannot compile the training step of CBM: (?s:.*)No working C\+\+ compiler.*; leave compile out"):
         train(run, "default", bottleneck=CBM)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are compiled for a GPU on one only")
+@pytest.mark.parametrize("count", [32, 33])
+def test_orthogonality_compiles_for_a_gpu(count):
+    """With 32 vectors Triton 3.6 could not: a step of training on drawn creatures, which have as many concepts, was not to be compiled."""
+
+    def loss(vector_ND: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return orthogonality(vector_ND)
+
+    vector_ND = torch.randn(count, 64, device="cuda", requires_grad=True)
+    torch.testing.assert_close(torch.compile(loss)(vector_ND), loss(vector_ND), atol=1e-4, rtol=1e-2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs are recorded on a GPU only")
