@@ -28,7 +28,7 @@ def _slow(vectors: torch.Tensor, weights: torch.Tensor, *, square: bool) -> floa
 
 
 @given(seed=st.integers(0, 10_000), n=st.integers(2, 7), square=st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_orthogonality_is_the_weighted_mean_over_pairs(seed: int, n: int, square: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.randn(n, 5, generator=generator)

@@ -114,7 +114,7 @@ def test_the_median_cuts_where_the_deviations_leave_nothing() -> None:
     assert predicted_foregrounds(torch.ones(1, 1), grid=(1, 1), sizes=[(20, 30)]) == [None]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     grid=st.tuples(st.integers(1, 6), st.integers(1, 6)),
@@ -146,7 +146,7 @@ def test_norms_that_do_not_fit_are_refused() -> None:
         predicted_foregrounds(torch.ones(2, 6), grid=(2, 3), sizes=[(4, 4)])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=30).filter(lambda labels: len(set(labels)) > 1))
 def test_a_donor_is_of_another_class_and_always_the_same(labels: list[int]) -> None:
     dataset = replace(TinySource(counts=(("train", len(labels)),)).load("train"), label_N=torch.tensor(labels))

@@ -147,7 +147,7 @@ def test_a_strided_canvas_takes_every_kth_pixel_of_the_full_one() -> None:
     assert (maps[0][1::3, 1::3] == maps[1]).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     a=st.floats(0.05, 0.3),
     b=st.floats(0.05, 0.3),

@@ -38,7 +38,7 @@ def drawn(height: int, width: int, x: int, y: int, *, side: int = 9) -> ConceptS
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     height=st.integers(70, 160),
     width=st.integers(70, 160),

@@ -81,7 +81,7 @@ def test_the_gate_scales_by_probability() -> None:
     torch.testing.assert_close(gated[:, 3], maps[:, 3] / 4)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(0, 10_000), st.floats(0.05, 1.0))
 def test_box_encloses_exactly_the_hot_cells_and_the_peak_is_the_metrics_peak(h: int, w: int, seed: int, threshold: float) -> None:
     heat = torch.rand(h, w, generator=torch.Generator().manual_seed(seed))
@@ -132,7 +132,7 @@ def test_a_cropped_pictures_map_lies_on_the_crop() -> None:
     assert box(heat[0], region=region) == pytest.approx((0.25, 0, 0.5, 0.5))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(40, 400), st.integers(40, 400), st.sampled_from([1.0, 0.875, 0.9]), st.sampled_from([(32, 32), (32, 64)]))
 def test_the_visible_region_is_what_the_transform_shows(height: int, width: int, fraction: float, size: tuple[int, int]) -> None:
     """A key point in the middle of the encoder's input, and one off it, come from where `visible_region` says."""

@@ -25,7 +25,7 @@ ALL = (0.0, 0.0, 1.0, 1.0)
 NOTHING = (0.0, 0.0, 0.1, 0.4)  # left of the crop of a wide picture
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.floats(0.05, 0.95), st.floats(0.05, 0.95), st.integers(1, 9), st.integers(1, 9))
 def test_cells_of_a_partition_add_up_to_one(x: float, y: float, h: int, w: int) -> None:
     boxes = [(0.0, 0.0, x, y), (x, 0.0, 1.0, y), (0.0, y, x, 1.0), (x, y, 1.0, 1.0)]

@@ -32,7 +32,7 @@ def with_targets(draw: st.DataObject, score_NM: np.ndarray) -> np.ndarray:
     return draw.draw(arrays(np.float64, score_NM.shape, elements=st.sampled_from([0.0, 1.0, np.nan])))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(tied_scores, st.data())
 def test_ranked_metrics_equal_scikit_learn_with_ties_and_unknown_labels(score_NM: np.ndarray, data: st.DataObject) -> None:
     target_NM = with_targets(data, score_NM)
@@ -57,7 +57,7 @@ def test_ranked_metrics_equal_scikit_learn_with_ties_and_unknown_labels(score_NM
             assert error_M[j].isnan()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(tied_scores, st.data())
 def test_auroc_counts_pairs_and_turns_around_with_the_score(score_NM: np.ndarray, data: st.DataObject) -> None:
     target_NM = with_targets(data, score_NM)
@@ -103,7 +103,7 @@ def test_bad_concept_input_is_named(score: torch.Tensor, target: torch.Tensor, m
         concept_auroc(score, target)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(2, 30), st.integers(2, 5), st.integers(0, 10_000))
 def test_class_metrics_equal_scikit_learn(n: int, k: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -123,7 +123,7 @@ def test_class_metrics_equal_scikit_learn(n: int, k: int, seed: int) -> None:
         assert per_group[g].item() == pytest.approx(value)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 40), st.integers(2, 5), st.integers(1, 20), st.integers(0, 10_000))
 def test_calibration_error_equals_a_loop_over_bins(n: int, k: int, num_bins: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -65,7 +65,7 @@ def random_boxes(g: torch.Generator, *shape: int) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------- boxes
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.sampled_from([0.1, 0.6, 0.95, 1.0]))
 def test_map_boxes_are_those_of_the_heatmaps(seed: int, threshold: float) -> None:
     maps = torch.randn(3, 4 * 6, 5, generator=torch.Generator().manual_seed(seed))
@@ -91,7 +91,7 @@ def test_part_boxes_enclose_the_pixels() -> None:
         assert got[b, p].tolist() == pytest.approx([float(value) for value in expected])
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000))
 def test_iou_equals_the_loop_and_has_its_properties(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
@@ -158,7 +158,7 @@ def slow_average_precision(scores: list[float], correct: list[bool], num_truth: 
     return area
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=1, max_size=30), st.integers(0, 5))
 def test_average_precision_equals_the_definition_and_does_not_depend_on_the_order(rows: list[tuple[int, bool]], missed: int) -> None:
     scores, correct = [float(score) for score, _ in rows], [right for _, right in rows]
@@ -311,7 +311,7 @@ def bird_case(seed: int, b: int = 12) -> dict[str, torch.Tensor]:
     }
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.integers(0, 10_000))
 def test_correct_parts_equal_the_loop_of_the_protocol_in_pixels(seed: int) -> None:
     c = bird_case(seed)

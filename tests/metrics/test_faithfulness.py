@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter1d, label
 from dotcbm.metrics.faithfulness import cover, occlusion_drop, random_region, region_of
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.floats(0.05, 1))
 def test_the_region_is_the_smallest_set_of_cells_that_holds_the_share(seed: int, share: float) -> None:
     heat = torch.randn(2, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -40,7 +40,7 @@ def test_the_region_is_capped_and_batches_are_maps_side_by_side() -> None:
     assert not region_of(-maps).any()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.floats(0.02, 0.98))
 def test_a_random_region_is_contiguous_as_large_and_elsewhere_where_there_is_room(seed: int, share: float) -> None:
     region = torch.rand(6, 7, generator=torch.Generator().manual_seed(seed)) < share

@@ -14,7 +14,7 @@ from scipy import stats
 from dotcbm.metrics.intervals import bootstrap, bootstrap_mean, newcombe, paired_bootstrap, picture_sums, wilson
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 5000), st.floats(0, 1), st.sampled_from([0.8, 0.95, 0.99]))
 def test_wilson_equals_scipy(n: int, share: float, level: float) -> None:
     hits = round(share * n)

@@ -53,7 +53,7 @@ def test_a_model_that_ignores_its_concepts_stays_flat(policy):
     assert curve.steps_down == 0
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 10_000))
 def test_all_policies_share_their_ends_and_rows_may_be_permuted(seed):
     classify, logit, truth, label, group, bounds = world(seed)

@@ -42,7 +42,7 @@ def case(seed: int, b: int = 3, grid: tuple[int, int] = (3, 4), m: int = 5, p: i
     }
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000))
 def test_pointing_distance_equals_a_loop_in_pixels(seed: int) -> None:
     c, grid = case(seed), (3, 4)
@@ -89,7 +89,7 @@ def test_pointing_accuracy_counts_only_positive_measurable_pairs() -> None:
     assert positive_mean(distance, target).item() == pytest.approx(0.065)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000))
 def test_pointing_in_mask_looks_up_the_pixel_under_the_peak(seed: int) -> None:
     c = case(seed)
@@ -115,7 +115,7 @@ def test_coverage_is_exact_where_patches_cut_pixels() -> None:
     torch.testing.assert_close(coverage(mask, grid=(7, 10)), mask.double().flatten(1))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.floats(0.1, 10))
 def test_relevance_mass_is_a_share_and_a_uniform_map_gets_the_area(seed: int, scale: float) -> None:
     c = case(seed)

@@ -35,7 +35,7 @@ def slow_loss(latent_BL: torch.Tensor, truth_BM: torch.Tensor, gamma: float) -> 
     return sum(each) / len(each) if each else 0.0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), size=st.integers(1, 7), gamma=st.floats(0, 2))
 def test_the_orthogonal_loss_pair_by_pair(seed, size, gamma) -> None:
     generator = torch.Generator().manual_seed(seed)

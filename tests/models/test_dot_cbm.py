@@ -138,7 +138,7 @@ def test_shares_sum_to_one_and_ignore_how_good_a_part_is_on_average(num_clusteri
     torch.testing.assert_close(group_shares(shifted_GC, num_clusterings=num_clusterings), share_GC, atol=1e-4, rtol=1e-3)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.sampled_from([1.0, 2.0, 3.0]),
     st.sampled_from([0.0, 0.2, None]),

@@ -41,7 +41,7 @@ def test_the_similarity_is_the_papers_column_by_column() -> None:
     assert (found[4:] == 0).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 12), st.floats(0.01, 100), st.floats(-50, 50), st.integers(0, 1000))
 def test_scale_and_offset_do_not_matter(batch: int, scale: float, offset: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -38,7 +38,7 @@ def slow_lift(index_BPK: Tensor, weight_BPZ: Tensor, num_experts: int) -> Tensor
     return own / (other / (b - 1))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(2, 9), st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(0, 3), st.integers(0, 10**6), st.integers(1, 9)
 )

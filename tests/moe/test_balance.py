@@ -46,7 +46,7 @@ def test_counts_by_hand(counted_T):
     assert expert_load(routing).tolist() == [count / 2 for count in expected]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 10**6), st.integers(0, 20), st.integers(1, 6))
 def test_counts_sum_to_tokens_times_k_and_loads_to_tokens(seed, T, k):
     _, routing = problem(seed, T, 6, k)
@@ -101,7 +101,7 @@ def test_against_finite_differences(loss):
         assert torch.autograd.gradcheck(lambda z: switch_loss(routing_of(z, 1), load_E), logit_TE)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 10**6), st.integers(2, 8))
 def test_switch_loss_is_one_where_f_or_p_is_uniform_and_more_where_they_agree(seed, E):
     logit_TE = tokens(seed, 20, E, dtype=torch.float64)
@@ -113,7 +113,7 @@ def test_switch_loss_is_one_where_f_or_p_is_uniform_and_more_where_they_agree(se
     assert switch_loss(routing_of(logit_TE, 1), p_E).item() >= 1 - 1e-6
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 10**6), st.integers(2, 8))
 def test_top1_loss_between_its_bounds(seed, E):
     loss = top1_loss(routing_of(tokens(seed, 20, E, dtype=torch.float64), 1)).item()
@@ -125,7 +125,7 @@ def test_top1_loss_between_its_bounds(seed, E):
     assert top1_loss(routing_of(torch.zeros(9, E, dtype=torch.float64, device=DEVICE), 1)).item() == pytest.approx(E)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.integers(1, 5))
 def test_the_order_of_experts_and_tokens_does_not_matter(seed, k):
     logit_TE = tokens(seed, 15, 5, dtype=torch.float64)

@@ -95,7 +95,7 @@ def test_no_tokens(backend):
     assert all(gradient.abs().sum() == 0 for gradient in gradients)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 8), st.sampled_from(BACKENDS))
 def test_the_order_of_experts_and_of_tokens_does_not_matter(seed, T, k, backend):
     experts, x, (index, gate) = experts_of(), tokens(seed, T, 16), random_routing(seed, T, 8, k)

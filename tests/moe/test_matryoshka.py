@@ -71,7 +71,7 @@ def test_how_often_each_k_is_drawn(tau):
         assert abs(together[a + 2, b + 2] / 2000 - weight[a] * weight[b] / sum(weight) ** 2) < 0.03
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2**64 - 1), st.integers(0, 100), st.integers(0, 2**40), st.integers(1, 5), st.integers(0, 5))
 def test_draws_stay_within_their_bounds(seed, layer, step, k_min, extra):
     assert k_min <= BudgetDraws(k_min=k_min, k_max=k_min + extra, seed=seed, tau=2.0).k(layer, step) <= k_min + extra

@@ -99,7 +99,7 @@ def test_the_scale_does_not_jump_between_k(gate):
     torch.testing.assert_close(sums["always"][1], router(gate)(x, 1).score_TE.amax(1).detach())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.sampled_from(GATES), st.sampled_from(NORMALIZE), st.integers(1, 6))
 def test_permuting_experts_permutes_choices_and_lower_k_are_nested(seed, gate, normalize, k):
     made, x = router(gate, normalize).eval(), tokens(seed, 11, 5)

@@ -20,7 +20,7 @@ def test_violations_by_hand():
     assert math.isnan(max_vio(torch.zeros(3, dtype=torch.int64)))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=9).filter(any))
 def test_bounds_of_violations(counts):
     count_E = torch.tensor(counts)

@@ -29,7 +29,7 @@ def test_gradual_by_hand():
     assert {schedule.k(2, step) for step in range(30)} == {1}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(2, 12), min_size=1, max_size=5), st.integers(1, 2), st.integers(0, 30), st.none() | st.integers(0, 30))
 def test_k_only_falls_from_start_to_target(start, target, begin, length):
     schedule = Sparsification(tuple(start), target, begin, None if length is None else begin + length)

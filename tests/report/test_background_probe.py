@@ -31,7 +31,7 @@ def test_a_planted_shortcut_is_seen_and_its_absence_too(seed):
     assert none.num_train == 320
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 10_000))
 def test_the_object_is_not_read(seed):
     drawn = torch.Generator().manual_seed(seed)

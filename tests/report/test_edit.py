@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fakes.source import TinySource
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from torch import nn
@@ -315,7 +315,6 @@ def test_the_weights_are_the_formula():
     assert found.left == pytest.approx(0, abs=1e-12)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.booleans(), st.booleans()), min_size=1, max_size=40))
 def test_class_and_patterns_are_independent_with_the_weights_if_no_cell_is_empty(rows):
     full = [(k, a, b) for k in range(3) for a in (False, True) for b in (False, True)]

@@ -11,7 +11,7 @@ from dotcbm.transport.cost import add_null, cosine_cost, cosine_similarity, stri
 from dotcbm.transport.sinkhorn import sinkhorn
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), scale=st.floats(1e-6, 1e6))
 def test_cosine_equals_torchs_and_ignores_length(seed, scale):
     rng = torch.Generator().manual_seed(seed)

@@ -48,7 +48,7 @@ def test_against_finite_differences(relax, M):
     assert torch.autograd.gradcheck(plan, inputs, fast_mode=True)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 1000), st.integers(2, 60), st.sampled_from([0.02, 0.1, 0.5]))
 def test_rows_and_columns_of_the_costs_gradient_sum_to_zero(seed, M, eps):
     inputs = [x.requires_grad_() for x in problem(seed, 2, 9, M)]

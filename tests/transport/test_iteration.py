@@ -21,7 +21,7 @@ def random_problem(seed: int, N: int, M: int) -> tuple[Tensor, Tensor, Tensor]:
     return cost, *(torch.randn(3, n, generator=rng, dtype=torch.float64).softmax(1) for n in (N, M))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.integers(2, 12), st.integers(2, 12), st.sampled_from([0.02, 0.05, 0.1, 0.3, 1.0]), st.sampled_from(RELAX))
 @example(7, 7, 7, 0.05, (None, None))
 def test_momentum_needs_at_most_a_few_iterations_more_than_none(seed, N, M, eps, relax):
@@ -63,7 +63,7 @@ def test_cut_short_it_returns_the_best_it_has_seen(seed, max_iter):
     torch.testing.assert_close((plan.sum(1) - inputs[2]).abs().sum(1), residuals[-1])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.floats(0.03, 1.0))
 def test_the_dual_objective_rises_with_every_plain_iteration(seed, eps):
     cost, theta, gamma = random_problem(seed, 7, 5)

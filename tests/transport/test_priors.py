@@ -33,7 +33,7 @@ def prior(kind, x: PatchFeatures, *, temperature: float = 1.0) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), temperature=st.floats(0.1, 5.0), h=st.integers(1, 5), w=st.integers(1, 5))
 def test_theta_is_a_distribution(kind, seed, temperature, h, w):
     theta = prior(kind, features(seed, grid=(h, w)), temperature=temperature)
@@ -140,7 +140,7 @@ def test_eq18_and_figure2_by_hand():
     torch.testing.assert_close(concept_prior("figure2", lopsided, temperature=0.5), expected)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), M=st.integers(1, 12), K=st.integers(1, 8), unknown=st.floats(0, 0.9))
 @pytest.mark.parametrize("kind", ["eq18", "figure2", "uniform"])
 def test_gamma_is_a_distribution_whatever_is_unknown(kind, seed, M, K, unknown):

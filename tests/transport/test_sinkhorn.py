@@ -46,7 +46,7 @@ def test_every_iterate_equals_a_slow_loop(iterations):
     torch.testing.assert_close(result.residual_B, off, atol=1e-13, rtol=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     B=st.integers(1, 3),
@@ -68,7 +68,7 @@ def test_plan_is_what_its_potentials_say_and_meets_its_marginals(seed, B, N, M, 
         torch.testing.assert_close(got, expected, atol=1e-11, rtol=0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), relax=st.sampled_from(RELAX))
 def test_permuting_concepts_and_patches_permutes_the_plan(seed, relax):
     cost, theta, gamma = problem(seed, N=7, M=5)
@@ -80,7 +80,7 @@ def test_permuting_concepts_and_patches_permutes_the_plan(seed, relax):
     torch.testing.assert_close(permuted, plan[:, patches][:, :, concepts], atol=1e-13, rtol=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), size=st.floats(0.1, 5.0))
 def test_constants_on_rows_and_columns_of_the_cost_change_no_balanced_plan(seed, size):
     cost, theta, gamma = problem(seed)
@@ -91,7 +91,7 @@ def test_constants_on_rows_and_columns_of_the_cost_change_no_balanced_plan(seed,
     torch.testing.assert_close(shifted, plan, atol=1e-10, rtol=0)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), eps=st.floats(0.1, 0.5))
 def test_cost_gradient_has_zero_row_and_column_sums(seed, eps):
     cost, theta, gamma = problem(seed)
@@ -165,7 +165,7 @@ def test_a_tolerance_that_is_not_reached_warns():
     assert isinstance(result, TransportPlan)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), N=st.integers(2, 40), M=st.integers(2, 12), eps=st.floats(0.05, 1.0), flat=st.booleans())
 def test_the_printed_score_hardly_depends_on_the_picture(seed, N, M, eps, flat):
     """(12): column j of Q sums to gamma_j over N patches and C <= 2, so min_i Q_ij C_ij <= 2 gamma_j / N."""
