@@ -45,6 +45,7 @@ from dotcbm.training.kept_weights import KeptWeights
 from dotcbm.training.optimizer import learns_places, make_optimizer, query_rate, rate_factor
 from dotcbm.training.part_finding import check_finds_parts, prepare_parts
 from dotcbm.training.record import check_record, make_record, record_tensors
+from dotcbm.training.running_means import RunningMeans
 from dotcbm.training.sharded import distribute, forget_made_up_moments, is_sharded
 
 __all__ = ["ConceptTask", "Regime", "Weighting"]
@@ -164,6 +165,7 @@ class ConceptTask(LightningModule):
         self._class_weight_K: Tensor | None = None
         self._evaluations: list[Evaluation] = []
         self._compiled: CompiledStep | None = None
+        self._means = {"train": RunningMeans(), "val": RunningMeans()}
 
     @property
     def data(self) -> ConceptDataModule:
@@ -293,6 +295,7 @@ class ConceptTask(LightningModule):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
         self.log("lr", self.lr * factor)
+        self._means["train"].take()  # of an epoch that was stopped
 
     def on_train_batch_start(self, batch: ConceptBatch, batch_idx: int) -> None:
         """Draw dropout from (seed, epoch, batch, process).
@@ -301,7 +304,11 @@ class ConceptTask(LightningModule):
         resumed run.
         """
         del batch
-        torch.manual_seed(mix_seed(self.seed, _DROPOUT, self.current_epoch, batch_idx, self.global_rank))
+        seed = mix_seed(self.seed, _DROPOUT, self.current_epoch, batch_idx, self.global_rank)
+        # As torch.manual_seed does, which also leaves word for kinds of devices that nobody uses: a millisecond and more.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
 
     def training_step(self, batch: ConceptBatch, batch_idx: int) -> Tensor:
         """The loss of a batch.
@@ -315,13 +322,26 @@ class ConceptTask(LightningModule):
         terms |= self.experts.terms()
         check_losses(terms, epoch=self.current_epoch, step=self.global_step, names=batch.names, checkpoint=self._last_checkpoint())
         loss = torch.stack([self.loss_weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
-        size = len(batch)
-        self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
-        for name, term in terms.items():
-            self.log(f"train/{name}_loss", term, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        told = {"loss": loss} | {f"{name}_loss": term for name, term in terms.items()}
         if residual is not None:
-            self.log("train/transport_residual", residual, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+            told["transport_residual"] = residual
+        self._means["train"].add(told, len(batch))
         return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: ConceptBatch, batch_idx: int) -> None:
+        """Log the means of the epoch with its last batch, for validation and whoever watches epochs end."""
+        del outputs, batch, batch_idx
+        if self.trainer.is_last_batch:
+            self._log_means("train")
+
+    def on_train_epoch_end(self) -> None:
+        """The same of an epoch that ended before its last batch."""
+        self._log_means("train")
+
+    def _log_means(self, split: str) -> None:
+        for name, (mean, count) in self._means[split].take().items():
+            shown = split == "train" and name == "loss"
+            self.log(f"{split}/{name}", mean, prog_bar=shown, on_step=False, on_epoch=True, batch_size=count, sync_dist=True)
 
     def _read(self, batch: ConceptBatch) -> tuple[dict[str, Tensor], Tensor | None]:
         """The terms of a training batch, and the mean residual of its transport."""
@@ -350,6 +370,7 @@ class ConceptTask(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start counting."""
+        self._means["val"].take()  # of a validation that was stopped
         self._evaluations = [Evaluation(self.model.concepts, places=False)]
         self._expert_figures = ExpertFigures(self.encoder)
 
@@ -359,13 +380,13 @@ class ConceptTask(LightningModule):
         output = self.model.forward_batch(batch)
         terms = self.losses(output, batch)
         check_losses(terms, epoch=self.current_epoch, step=self.global_step, names=batch.names, checkpoint=self._last_checkpoint())
-        for name, term in terms.items():
-            self.log(f"val/{name}_loss", term, on_step=False, on_epoch=True, batch_size=len(batch), sync_dist=True)
+        self._means["val"].add({f"{name}_loss": term for name, term in terms.items()}, len(batch))
         self._evaluations[0].update(output, batch)
         self._expert_figures.update()
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures; the accuracy only where the head is trained."""
+        self._log_means("val")
         figures = self._evaluations[0].gather().compute()
         wanted = {"concept_auroc", "concept_error"}
         if self.regime == "joint" or self.head_fit is not None or self.trainer.state.fn != "fit":
