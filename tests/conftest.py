@@ -26,12 +26,12 @@ LONGEST = (
     "test_audit.py",  # 173
     "test_solvers.py",  # 138
     "test_triton_experts.py",  # 130
-    "test_parts_of_birds.py",  # 107
     "test_cli_commands.py",  # 78
     "test_audit_experts.py",  # 74
     "test_expert_training_ranks.py",  # 73
     "test_render_browser.py",  # 66
     "test_study.py",  # 64
+    "test_parts_of_birds.py",  # 60
 )
 
 SHARED = Path(os.environ.get("DOTCBM_SHARED", Path(__file__).parents[2] / "shared"))

@@ -19,7 +19,7 @@ from dotcbm.structures import PatchFeatures, Problem
 @torch.inference_mode()
 def test_groups_of_concepts_point_at_their_parts(shared: Path):
     birds = CUB(root=shared / "data" / "CUB_200_2011_subset").load("train")
-    rows = torch.arange(0, len(birds), 4)
+    rows = torch.arange(0, len(birds), 8)
     encoder = ImageEncoder(f"local-dir:{shared / 'weights' / 'tf_efficientnet_lite2'}", image_size=320)
     samples = [prepare_view(birds.sample(int(row), masks=False), preprocessing=encoder.preprocessing, view="plain") for row in rows]
     patches = PatchFeatures.cat([encoder(torch.stack([sample.image for sample in samples[i : i + 20]])) for i in range(0, len(rows), 20)])
