@@ -305,7 +305,7 @@ class ConceptTask(LightningModule):
         """
         del batch
         seed = mix_seed(self.seed, _DROPOUT, self.current_epoch, batch_idx, self.global_rank)
-        # As torch.manual_seed does, which also leaves word for kinds of devices that nobody uses: a millisecond and more.
+        # As torch.manual_seed does, which also leaves word for kinds of devices that nobody uses: a millisecond on a processor.
         torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(seed)

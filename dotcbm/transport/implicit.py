@@ -38,7 +38,7 @@ _MAX_STEPS = 200
 _TOLERANCE_FLOAT64 = 1e-13
 # Curvature over squared length below which a direction is the null direction but for rounding; other eigenvalues are far above.
 _FLAT = {torch.float32: 1e-6, torch.float64: 1e-14}
-_GROUP_ELEMENTS = 2**20  # as in backend_torch, of three arrays
+_GROUP_ELEMENTS = 2**20  # of each of three arrays in a group of pictures, at most
 # Sums of a plan's row below which its entries may be too small to tell their shares.
 _SMALL = {torch.float32: 1e-30, torch.float64: 1e-290}
 
