@@ -61,6 +61,9 @@ def shard(module: nn.Module, mesh: DeviceMesh, *, blocks: list[nn.Module], mp_po
 def parallelize_experts(module: nn.Module, mesh: DeviceMesh) -> None:
     """Distribute the experts of all layers of a model, in place; all else stays on every process.
 
+    Unless `shard` follows, an optimizer of the model needs `foreach=False` on a GPU: PyTorch updates no lists in which some weights
+    lie in shares and others are whole.
+
     Args:
         module: Holds the layers. Its weights must be the same on all processes.
         mesh: One dimension, the processes.

@@ -40,11 +40,11 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
-def fit(folder: Path, *, devices: int) -> dict[str, torch.Tensor]:
+def fit(folder: Path, *, devices: int, accelerator: str) -> dict[str, torch.Tensor]:
     """Weights after two steps of four pictures."""
     strategy = ModelParallelStrategy(data_parallel_size=devices, tensor_parallel_size=1, save_distributed_checkpoint=False)
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=devices,
         strategy=strategy if devices > 1 else "auto",
         max_epochs=1,
@@ -57,10 +57,10 @@ def fit(folder: Path, *, devices: int) -> dict[str, torch.Tensor]:
     )
     trainer.fit(Module())
     trainer.save_checkpoint(folder / "done.ckpt")
-    return torch.load(folder / "done.ckpt", weights_only=True)["state_dict"]
+    return torch.load(folder / "done.ckpt", weights_only=True, map_location="cpu")["state_dict"]
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    fit(Path(sys.argv[1]), devices=2)
+    fit(Path(sys.argv[1]), devices=2, accelerator=sys.argv[2])

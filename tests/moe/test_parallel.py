@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes.processes import ACCELERATORS, environment
 from parallel_lightning_run import fit
 from parallel_run import STEPS, batch, loss_of, model, train
 
@@ -18,11 +19,16 @@ from dotcbm.moe.parallel import ExpertParallel, check_ranks
 KINDS = ("ddp", "fsdp", "experts", "both")
 
 
+@pytest.fixture(scope="module", params=ACCELERATORS)
+def accelerator(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(tmp_path_factory: pytest.TempPathFactory, accelerator: str) -> Path:
     """A folder with what two processes made of each kind."""
     folder = tmp_path_factory.mktemp("parallel")
-    command = [sys.executable, str(Path(__file__).with_name("parallel_run.py")), str(folder)]
+    command = [sys.executable, str(Path(__file__).with_name("parallel_run.py")), str(folder), accelerator]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pair = [
         subprocess.Popen([*command, str(rank), *KINDS, "half", "odd"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -37,30 +43,30 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_routing_of_the_first_step_is_bitwise_that_of_one_process(results):
+def test_routing_of_the_first_step_is_bitwise_that_of_one_process(results, accelerator):
     """Before any update: the same logits to the last bit for the same pictures, and the same experts in the whole batch."""
-    vit = model()
+    vit = model(accelerator)
     with torch.no_grad():
-        loss_of(vit, batch(0))
-    whole = [layer.routing.index_TK for layer in moe_layers(vit).values()]
+        loss_of(vit, batch(0).to(accelerator))
+    whole = [layer.routing.index_TK.cpu() for layer in moe_layers(vit).values()]
     halves = []
     for half in batch(0).tensor_split(2):
         with torch.no_grad():
-            loss_of(vit, half)
+            loss_of(vit, half.to(accelerator))
         halves.append([layer.routing for layer in moe_layers(vit).values()])
     for kind in KINDS:
         told = [torch.load(results / f"{kind}{rank}.pt") for rank in (0, 1)]
         for layer in range(len(whole)):
             assert torch.equal(torch.cat([one["index"][layer] for one in told]), whole[layer]), (kind, layer)
             for rank in (0, 1):
-                assert torch.equal(told[rank]["index"][layer], halves[rank][layer].index_TK), (kind, layer)
+                assert torch.equal(told[rank]["index"][layer], halves[rank][layer].index_TK.cpu()), (kind, layer)
         for rank in (0, 1):
-            assert torch.equal(told[rank]["logit"][0], halves[rank][0].logit_TE), kind
+            assert torch.equal(told[rank]["logit"][0], halves[rank][0].logit_TE.cpu()), kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_learn_what_one_learns(results, kind):
-    one = train(model(), rank=0, num_ranks=1)
+def test_two_processes_learn_what_one_learns(results, accelerator, kind):
+    one = train(model(accelerator), rank=0, num_ranks=1)
     two = [torch.load(results / f"{kind}{rank}.pt") for rank in (0, 1)]
     for step in range(STEPS):
         assert torch.allclose(sum(told["loss"][step] for told in two) / 2, one["loss"][step], rtol=1e-5)
@@ -75,20 +81,20 @@ def test_two_processes_learn_what_one_learns(results, kind):
     assert moved > 20  # it did learn
 
 
-def test_under_lightnings_strategy(tmp_path):
+def test_under_lightnings_strategy(tmp_path, accelerator):
     """Sharded and with distributed experts; the checkpoint is one file with whole weights."""
     # Lightning starts the second process as a child of the first.
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("parallel_lightning_run.py")), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PL_TORCH_DISTRIBUTED_BACKEND": "gloo"},
+        [sys.executable, str(Path(__file__).with_name("parallel_lightning_run.py")), str(tmp_path), accelerator],
+        env=environment(accelerator),
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    two = torch.load(tmp_path / "done.ckpt", weights_only=True)["state_dict"]
-    one = fit(tmp_path, devices=1)
+    two = torch.load(tmp_path / "done.ckpt", weights_only=True, map_location="cpu")["state_dict"]
+    one = fit(tmp_path, devices=1, accelerator=accelerator)
     assert two.keys() == one.keys()
     for name, value in one.items():
         assert torch.allclose(two[name], value, atol=1e-6), name

@@ -69,7 +69,10 @@ def test_every_shipped_study_runs_from_end_to_end_and_goes_on(path: Path, tmp_pa
     assert again == records
     assert len(said) == len(study.rows)
     assert markdown(study, records).count("\n") > len(study.rows)
-    plot_experts(study, records).savefig(tmp_path / "figure.png")
+    figure = plot_experts(study, records)
+    figure.savefig(tmp_path / "figure.png")
+    for label in [label for ax in figure.axes for label in ax.get_yticklabels() if label.get_text()]:
+        assert label.get_window_extent().x0 >= 0, label.get_text()  # inside the picture
 
 
 def test_arms_of_growth_spend_the_same_flops_and_begin_where_the_base_was(tmp_path: Path) -> None:

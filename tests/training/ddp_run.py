@@ -26,7 +26,7 @@ def bottleneck(problem: Problem) -> PublishedDotCBM:
     return PublishedDotCBM(problem, dim=16, dropout=0.0, iterations=5)
 
 
-def train(folder: Path, *, devices: int, probe: bool = False) -> None:
+def train(folder: Path, *, devices: int, accelerator: str, probe: bool = False) -> None:
     """Train and test with 16 pictures a step, and save weights and figures."""
     torch.manual_seed(0)
     encoder = ImageEncoder("timm/test_resnet", pretrained=False, image_size=64)
@@ -41,7 +41,7 @@ def train(folder: Path, *, devices: int, probe: bool = False) -> None:
     task = ConceptTask(encoder, LinearProbe if probe else bottleneck, lr=1e-3, head_l2="auto")
     trainer = pl.Trainer(
         max_epochs=3,
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
         logger=False,
@@ -60,4 +60,4 @@ def train(folder: Path, *, devices: int, probe: bool = False) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    train(Path(sys.argv[1]), devices=int(sys.argv[2]), probe="probe" in sys.argv)
+    train(Path(sys.argv[1]), devices=int(sys.argv[2]), accelerator=sys.argv[3], probe="probe" in sys.argv)

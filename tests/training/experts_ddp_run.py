@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def train(
     experts: ExpertTraining,
     *,
     devices: int,
+    accelerator: str,
     epochs: int = 2,
     resume: bool = False,
     expert_parallel: bool = True,
@@ -65,7 +67,7 @@ def train(
     trainer_ = pl.Trainer(
         **{
             "max_epochs": epochs,
-            "accelerator": "cpu",
+            "accelerator": accelerator,
             "devices": devices,
             "strategy": "ddp" if devices > 1 else "auto",
             "accumulate_grad_batches": 2,
@@ -99,7 +101,7 @@ def sharded() -> ModelParallelStrategy:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    home = Path(sys.argv[1])
+    home, train = Path(sys.argv[1]), partial(train, accelerator=sys.argv[2])
     for name, experts in RUNS.items():
         train(home / "ddp" / name, experts, devices=2)
     shared = home / "shared"
@@ -112,6 +114,6 @@ if __name__ == "__main__":
     assert all(type(layer.experts) is Experts for layer in moe_layers(weights).values())
     (home / "strategy.yaml").write_text(STRATEGY, encoding="utf-8")
     moe = Path(__file__).parents[1] / "conf" / "moe.yaml"
-    command = ["fit", "--config", str(moe), "--config", str(home / "strategy.yaml")]
+    command = ["fit", "--config", str(moe), "--config", str(home / "strategy.yaml"), "--trainer.accelerator", sys.argv[2]]
     uneven = ["--model.expert_parallel", "false", "--model.encoder.moe.num_experts", "3"]
     sys.exit(main([*command, "--run_dir", str(home / "cli")]) or main([*command, *uneven, "--run_dir", str(home / "uneven")]))

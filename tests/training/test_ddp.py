@@ -2,46 +2,49 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from ddp_run import train
+from fakes.processes import ACCELERATORS, environment
 
 
-def run_both(tmp_path, *extra):
+def run_both(tmp_path, accelerator, *extra):
     """What one process and two processes leave."""
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()
     # Lightning starts the second process as a child of the first.
     pair = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("ddp_run.py")), str(folders[1]), "2", *extra],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PL_TORCH_DISTRIBUTED_BACKEND": "gloo"},
+        [sys.executable, str(Path(__file__).with_name("ddp_run.py")), str(folders[1]), "2", accelerator, *extra],
+        env=environment(accelerator),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
     try:
-        train(folders[0], devices=1, probe="probe" in extra)
+        train(folders[0], devices=1, accelerator=accelerator, probe="probe" in extra)
         said = pair.communicate(timeout=150)[0]
     finally:
         pair.kill()
     assert pair.returncode == 0, said.decode()[-3000:]
-    return [torch.load(folder / "result.pt", weights_only=True) for folder in folders]
+    return [torch.load(folder / "result.pt", weights_only=True, map_location="cpu") for folder in folders]
 
 
-def test_two_processes_fit_the_probe_that_one_fits(tmp_path):
+@pytest.mark.parametrize("accelerator", ACCELERATORS)
+def test_two_processes_fit_the_probe_that_one_fits(tmp_path, accelerator):
     """It has no first stage, and DDP refuses a model without gradients."""
-    one, two = run_both(tmp_path, "probe")
+    one, two = run_both(tmp_path, accelerator, "probe")
     for name, value in one["weights"].items():
         assert torch.allclose(value, two["weights"][name], atol=1e-4), name
     assert one["figures"]["test/accuracy"] == two["figures"]["test/accuracy"]
 
 
-def test_two_processes_do_what_one_does(tmp_path):
-    one, two = run_both(tmp_path)
+@pytest.mark.parametrize("accelerator", ACCELERATORS)
+def test_two_processes_do_what_one_does(tmp_path, accelerator):
+    one, two = run_both(tmp_path, accelerator)
     for name in ("train/loss", "val/concept_auroc", "val/concept_loss"):
         assert abs(one["loss"][name] - two["loss"][name]) < 1e-4 * max(1, abs(one["loss"][name])), name
     for name, value in one["weights"].items():

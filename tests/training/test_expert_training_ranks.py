@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,44 +10,53 @@ from types import SimpleNamespace
 import pytest
 import torch
 from experts_ddp_run import RUNS, train
+from fakes.processes import ACCELERATORS, environment
 
 from dotcbm.encoders.image import ImageEncoder
 from dotcbm.hub import from_pretrained
 from dotcbm.training.sharded import distribute
 
+LIMIT = {"cpu": 3e-4, "cuda": 2e-3}
+
 
 def weights(folder: Path, name: str = "model.ckpt") -> dict[str, torch.Tensor]:
-    return torch.load(folder / name, weights_only=True)["state_dict"]
+    return torch.load(folder / name, weights_only=True, map_location="cpu")["state_dict"]
 
 
-def assert_close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+def assert_close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], accelerator: str) -> None:
     """AdamW enlarges the last digits of small gradients, so a few weights may move by a step.
 
-    Rounding alone, in products of half as many pictures, makes up to 3e-5 on some processors and 1.5e-4 on others; balance over one
-    process's pictures, half the weight of the loss or twice the step of the biases make 7e-4 to 1.5e-2.
+    Rounding alone, in products of half as many pictures, makes up to 3e-5 on some processors, 1.5e-4 on others and 7e-4 on an H200;
+    balance over one process's pictures, half the weight of the loss or twice the step of the biases make 7e-4 to 1.5e-2. So it is on a
+    processor that balance is judged, and on GPUs that nothing is forgotten on the way.
     """
     assert one.keys() == two.keys()
     for key, value in one.items():
         difference = (value - two[key]).abs().float()
-        assert float(difference.quantile(0.98) if difference.numel() > 100 else difference.median()) < 3e-4, key
+        assert float(difference.quantile(0.98) if difference.numel() > 100 else difference.median()) < LIMIT[accelerator], key
         if key.endswith("selection_bias"):
             assert torch.allclose(value, two[key], atol=1e-7), key
 
 
+@pytest.fixture(scope="module", params=ACCELERATORS)
+def accelerator(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def both(tmp_path_factory: pytest.TempPathFactory, accelerator: str) -> tuple[Path, Path]:
     """What one process makes of each run, and what two make of them."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     # Lightning starts the second process as a child of the first.
     pair = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("experts_ddp_run.py")), str(two)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PL_TORCH_DISTRIBUTED_BACKEND": "gloo"},
+        [sys.executable, str(Path(__file__).with_name("experts_ddp_run.py")), str(two), accelerator],
+        env=environment(accelerator),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
     try:
         for name, experts in RUNS.items():
-            train(one / name, experts, devices=1)
+            train(one / name, experts, devices=1, accelerator=accelerator)
         said = pair.communicate(timeout=200)[0]
     finally:
         pair.kill()
@@ -56,10 +64,10 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return one, two
 
 
-def test_two_processes_balance_what_one_balances(both):
+def test_two_processes_balance_what_one_balances(both, accelerator):
     one, two = both[0], both[1] / "ddp"
     for name in RUNS:
-        assert_close(weights(one / name), weights(two / name))
+        assert_close(weights(one / name), weights(two / name), accelerator)
         bias = weights(two / name)["model.encoder.tower.model.blocks.1.mlp.router.selection_bias"]
         assert bool(bias.any()) == (name == "bias")
         figures = [torch.load(folder / name / "figures.pt") for folder in (one, two)]
@@ -71,11 +79,11 @@ def test_two_processes_balance_what_one_balances(both):
                 assert abs(figures[0][figure] - figures[1][figure]) < tolerance, (name, figure, figures)
 
 
-def test_two_processes_that_share_the_encoder_train_what_one_trains(both):
+def test_two_processes_that_share_the_encoder_train_what_one_trains(both, accelerator):
     one, two = both[0], both[1] / "shared"
     for name in ("through", "weights"):  # with whole experts, and with shares of all weights
-        assert_close(weights(one / "global"), weights(two / name))
-    assert_close(weights(one / "bias"), weights(two / "bias"))
+        assert_close(weights(one / "global"), weights(two / name), accelerator)
+    assert_close(weights(one / "bias"), weights(two / "bias"), accelerator)
     records = [torch.load(folder / "model.ckpt", weights_only=True)["dotcbm"] for folder in (one / "global", two / "through")]
     assert records[0] == records[1]
 

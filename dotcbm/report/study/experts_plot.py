@@ -63,7 +63,7 @@ def _dots(
             ax.axvline(mark, color=MUTED, linewidth=0.8, linestyle=":")
         ax.margins(x=0.15)
         ax.set_ylim(len(rows) - 0.5, -0.5)
-        ax.set_yticks(range(len(rows)), [row.name for row in rows] if number == 0 else [""] * len(rows), fontsize=NAME, color=INK)
+        ax.set_yticks(range(len(rows)), _names(rows) if number == 0 else [""] * len(rows), fontsize=NAME, color=INK)
         ax.set_title(heading, fontsize=NAME, color=INK, loc="left")
         _plain(ax)
         ax.tick_params(axis="y", length=0)
@@ -124,7 +124,7 @@ def _growth(study: ExpertStudy, records: Sequence[Record]) -> Figure:
         colour = {"grown": _COLOURS[0], "scratch": _COLOURS[1], "whole": _COLOURS[1], "continued": _COLOURS[2]}.get(row.part, _COLOURS[6])
         _marks(left, values, [float(line)] * len(values), colour=colour)
     left.set_ylim(len(arms) - 0.5, -0.5)
-    left.set_yticks(range(len(arms)), [row.name for row in arms], fontsize=NAME, color=INK)
+    left.set_yticks(range(len(arms)), _names(arms), fontsize=NAME, color=INK)
     left.margins(x=0.1)
     left.set_xlabel("accuracy, %", fontsize=SMALL, color=MUTED)
     left.set_title("after the same extra FLOPs", fontsize=NAME, color=INK, loc="left")
@@ -153,6 +153,11 @@ def sunk_costs(study: ExpertStudy, records: Sequence[Record]) -> list[tuple[Expe
     return sorted(
         [*scratch, *((row, row.at or whole) for row in rows_of(study, records, "sunk")), (judged, judged.at or whole)], key=lambda x: x[1]
     )
+
+
+def _names(rows: Sequence[ExpertRow]) -> list[str]:
+    """What stands in the left margin."""
+    return [wrapped(row.name, inches=_LABELS - 0.2, size=NAME, lines=2) for row in rows]
 
 
 def _figure(study: ExpertStudy, records: Sequence[Record], width: float, height: float) -> Figure:
