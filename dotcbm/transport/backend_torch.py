@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from dotcbm.transport.memory import fresh_like
-from dotcbm.transport.plan import Settings, TransportPlan, safe_log, side_target
+from dotcbm.transport.plan import Extent, Settings, TransportPlan, safe_log, side_target
 
 __all__ = ["SLOW", "groups_of", "solve_torch"]
 
@@ -41,20 +41,28 @@ _RANGE = {torch.float32: 40.0, torch.float64: 300.0}
 _DRIFT = {torch.float32: 25.0, torch.float64: 200.0}
 
 
-def solve_torch(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings: Settings, *, accelerate: bool) -> TransportPlan:
-    """See `dotcbm.transport.sinkhorn.sinkhorn`. Inputs are checked, of one floating type, batched on every side; no gradients."""
+def solve_torch(
+    cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, settings: Settings, *, accelerate: bool, extent: Extent | None = None
+) -> TransportPlan:
+    """See `dotcbm.transport.sinkhorn.sinkhorn`.
+
+    Inputs are checked, of one floating type, batched on every side; no gradients. `extent` is that of the cost, where it is known.
+    """
     B, N, M = cost_BNM.shape
     plan_BNM, log_u_BN, log_v_BM = (
         fresh_like(cost_BNM),
         cost_BNM.new_empty(B, N),
         cost_BNM.new_empty(B, M),
     )
-    residual_B, num_iter_B = cost_BNM.new_empty(B), torch.zeros(B, dtype=torch.int32, device=cost_BNM.device)
+    residual: list[float] = []
+    num_iter: list[int] = []
     for rows in groups_of(cost_BNM, _GROUP_ELEMENTS):
-        group = _Group(cost_BNM[rows], theta_BN[rows], gamma_BM[rows], plan_BNM[rows], settings)
-        residual_B[rows], num_iter_B[rows] = group.solve(max_iter=settings.max_iter, tol=settings.tol, accelerate=accelerate)
+        group = _Group(cost_BNM[rows], theta_BN[rows], gamma_BM[rows], plan_BNM[rows], settings, extent)
+        of_each, passes = group.solve(max_iter=settings.max_iter, tol=settings.tol, accelerate=accelerate)
+        residual += of_each
+        num_iter += passes
         group.write(log_u_BN[rows], log_v_BM[rows])
-    return TransportPlan(plan_BNM, log_u_BN, log_v_BM, residual_B, num_iter_B)
+    return TransportPlan(plan_BNM, log_u_BN, log_v_BM, cost_BNM.new_tensor(residual), log_u_BN.new_tensor(num_iter, dtype=torch.int32))
 
 
 def groups_of(cost_BNM: Tensor, most_elements: int) -> list[slice]:
@@ -72,7 +80,9 @@ class _Group:
     so vectors are rows all along, as products want them, and what is equal for all pictures is a number and not a tensor.
     """
 
-    def __init__(self, cost_GNM: Tensor, theta_GN: Tensor, gamma_GM: Tensor, plan_GNM: Tensor, settings: Settings) -> None:
+    def __init__(
+        self, cost_GNM: Tensor, theta_GN: Tensor, gamma_GM: Tensor, plan_GNM: Tensor, settings: Settings, extent: Extent | None
+    ) -> None:
         eps = settings.eps
         self.cost_GNM, self.theta_G1N, self.gamma_G1M = cost_GNM, theta_GN[:, None], gamma_GM[:, None]
         self.eps, self.relax_concept = eps, settings.relax_concept
@@ -83,8 +93,9 @@ class _Group:
         self.tiny = torch.finfo(cost_GNM.dtype).tiny
         self.every_patch, self.every_concept = bool(self.patch_G1N.all()), bool(self.concept_G1M.all())
         limit = _RANGE[cost_GNM.dtype] * eps
-        least, most = cost_GNM.aminmax()  # of all, which takes half the time of each one's and mostly is enough
-        if bool((least >= 0) & (most < limit)):
+        # Of all, which takes half the time of each one's and mostly is enough.
+        least, most = extent or torch.stack(cost_GNM.aminmax()).tolist()
+        if least >= 0 and most < limit:
             least_G11, most_G11 = cost_GNM.new_zeros(len(cost_GNM), 1, 1), cost_GNM.new_zeros(len(cost_GNM), 1, 1)
         else:
             least_G11, most_G11 = cost_GNM.amin((1, 2), keepdim=True), cost_GNM.amax((1, 2), keepdim=True)
@@ -144,46 +155,49 @@ class _Group:
         """(G, 1, N) the potentials of the patches that belong to v."""
         return self.log_theta_G1N - self.power_u * (self.row_G1N.log() - self.u0_G1N)
 
-    def solve(self, *, max_iter: int, tol: float | None, accelerate: bool) -> tuple[Tensor, Tensor]:
-        """(G,) residual and (G,) iterations made of each picture; leaves v and the scalings of the answer behind."""
-        size, v_G1M = len(self.cost_GNM), self.v_G1M
-        weight_I = _weights(max_iter, v_G1M.dtype, v_G1M.device) if accelerate else v_G1M
-        best_G1M, mapped_G1M = v_G1M, v_G1M
-        least_G11, last_G11 = (v_G1M.new_full((size, 1, 1), torch.inf) for _ in range(2))
-        fast_G11 = torch.ones(size, 1, 1, dtype=torch.bool, device=v_G1M.device)
-        open_G11, since_G11 = fast_G11, torch.zeros(size, 1, 1, dtype=torch.int64, device=v_G1M.device)
-        num_iter_G11, together, all_open = since_G11.int(), 0, True
+    def solve(self, *, max_iter: int, tol: float | None, accelerate: bool) -> tuple[list[float], list[int]]:
+        """Residual and number of iterations of each picture; leaves v and the scalings of the answer behind.
+
+        What is decided for each picture is decided in Python, on one list a pass: for few pictures a tensor's every call costs as much.
+        """
+        size, weights = len(self.cost_GNM), _weights(max_iter) if accelerate else ()
+        best_G1M = mapped_G1M = self.v_G1M
+        least, last = [math.inf] * size, [math.inf] * size
+        going, fast = [True] * size, [True] * size
+        since, num_iter = [0] * size, [0] * size
         for _ in range(max_iter):
             new_G1M, residual_G11 = self._step()
-            if all_open:
-                together += 1
-            else:
-                num_iter_G11 += open_G11
-            worse_G11 = residual_G11 >= least_G11 if accelerate else torch.zeros_like(open_G11)
-            if not all_open:
-                worse_G11 |= ~open_G11
-            best_G1M, least_G11 = torch.where(worse_G11, best_G1M, self.v_G1M), torch.where(worse_G11, least_G11, residual_G11)
+            residual = residual_G11.flatten().tolist()
+            num_iter = [n + on for n, on in zip(num_iter, going)]
+            worse = [not on or (accelerate and r >= low) for on, r, low in zip(going, residual, least)]
+            least = [low if kept else r for kept, r, low in zip(worse, residual, least)]
+            best_G1M = self._chosen(worse, best_G1M, self.v_G1M)
             if tol is not None:
-                open_G11 = least_G11 >= tol
-                num_open = int(open_G11.sum())
-                if not num_open:
+                going = [r >= tol for r in least]
+                if not any(going):
                     break
-                all_open = num_open == size
             next_G1M = new_G1M
             if accelerate:
                 turn_G1M = new_G1M - mapped_G1M
-                against_G11 = (self.v_G1M - new_G1M).mul_(turn_G1M).mul_(self.gamma_G1M).sum(2, keepdim=True) > 0
-                ratio_G11 = residual_G11 / last_G11
-                fast_G11 = (fast_G11 & (ratio_G11 <= SLOW)) | (ratio_G11 > 1)
-                since_G11 = since_G11.masked_fill(fast_G11 | against_G11, 0)
-                next_G1M = torch.addcmul(new_G1M, weight_I.take(since_G11), turn_G1M)
-                mapped_G1M, last_G11, since_G11 = new_G1M, residual_G11, since_G11 + 1
+                against = (self.v_G1M - new_G1M).mul_(turn_G1M).mul_(self.gamma_G1M).sum(2).flatten().tolist()
+                fast = [(was and r <= SLOW * before) or r > before for was, r, before in zip(fast, residual, last)]
+                since = [0 if anew or turned > 0 else n for anew, turned, n in zip(fast, against, since)]
+                if any(since):
+                    weight_G = turn_G1M.new_tensor([weights[n] for n in since])
+                    next_G1M = torch.addcmul(new_G1M, weight_G[:, None, None], turn_G1M)
+                mapped_G1M, last, since = new_G1M, residual, [n + 1 for n in since]
             # A picture that is done stays where it is, so that the last iteration has everybody's answer.
-            self.v_G1M = next_G1M if all_open else torch.where(open_G11, next_G1M, best_G1M)
+            self.v_G1M = self._chosen(going, next_G1M, best_G1M)
         if not torch.equal(self.v_G1M, best_G1M):
             self.v_G1M = best_G1M
             self._step()
-        return least_G11[:, 0, 0], num_iter_G11[:, 0, 0] + together
+        return least, num_iter
+
+    def _chosen(self, first: list[bool], one_G1M: Tensor, other_G1M: Tensor) -> Tensor:
+        """Of each picture the one or the other."""
+        if all(first) or not any(first):
+            return one_G1M if first[0] else other_G1M
+        return torch.where(one_G1M.new_tensor(first, dtype=torch.bool)[:, None, None], one_G1M, other_G1M)
 
     def write(self, log_u_GN: Tensor, log_v_GM: Tensor) -> None:
         """Make K the plan, and put the potentials there."""
@@ -207,11 +221,11 @@ def _exponentials(cost_GNM: Tensor, least_G11: Tensor, *, eps: float, out_GNM: T
 
 
 @lru_cache(maxsize=16)
-def _weights(max_iter: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(max_iter,) of the extrapolation by the iterations since momentum started, of which the first has none: (t_i - 1) / t_(i + 1)."""
+def _weights(max_iter: int) -> tuple[float, ...]:
+    """Of the extrapolation, by the iterations since momentum started, of which the first has none: (t_i - 1) / t_(i + 1)."""
     weights, momentum = [], 1.0
     for _ in range(max_iter):
         following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
         weights.append((momentum - 1) / following)
         momentum = following
-    return torch.tensor(weights, dtype=dtype, device=device)
+    return tuple(weights)

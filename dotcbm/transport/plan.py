@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Settings", "TransportPlan", "safe_log", "side_target"]
+__all__ = ["Extent", "Settings", "TransportPlan", "safe_log", "side_target"]
+
+Extent = tuple[float, float]  # the least and the largest of some costs
 
 
 class Settings(NamedTuple):

@@ -11,6 +11,7 @@ the balanced problem.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from dotcbm.transport.backend_torch import solve_torch
 from dotcbm.transport.exported import solve_exported
 from dotcbm.transport.heatmap_statistics import HeatmapStatistics, statistics_of_plan
 from dotcbm.transport.implicit import attach_gradient
-from dotcbm.transport.plan import Settings, TransportPlan, safe_log
+from dotcbm.transport.plan import Extent, Settings, TransportPlan, safe_log
 from dotcbm.transport.unrolled import solve_unrolled
 
 __all__ = ["ConceptScores", "Gradient", "HeatmapStatistics", "Solver", "TransportPlan", "concept_scores", "sinkhorn", "solved_eagerly"]
@@ -112,14 +113,15 @@ def sinkhorn(
         ValueError: Shapes that do not fit, eps, max_iter, tol or relax out of range, and with `check` a NaN or infinite cost,
             negative or NaN marginals, marginals that do not sum to 1 (balanced) or that have no mass (relaxed).
     """
-    chosen, cost_BNM, theta_BN, gamma_BM = _prepared(
+    chosen, extent, cost_BNM, theta_BN, gamma_BM = _prepared(
         cost_BNM, theta_BN, gamma, eps=eps, max_iter=max_iter, tol=tol, solver=solver, relax=(relax_patch, relax_concept), check=check
     )
     if relax_patch == 0:
         return _free_patches(cost_BNM, theta_BN, gamma_BM, eps=eps)
     settings = Settings(eps, max_iter, tol, relax_patch, relax_concept)
     with _full_precision(cost_BNM.device.type):
-        result = _solve(cost_BNM, theta_BN, gamma_BM, settings, solver=chosen, gradient=gradient, accelerate=accelerate, check=check)
+        how = {"solver": chosen, "gradient": gradient, "accelerate": accelerate, "check": check}
+        result = _solve(cost_BNM, theta_BN, gamma_BM, settings, extent=extent, **how)
     if check and tol is not None:
         _warn_of_residual(result.residual_B, eps=eps, tol=tol, max_iter=max_iter)
     return result
@@ -147,7 +149,7 @@ def concept_scores(
     Args:
         statistics: Say too where each concept's mass lies.
     """
-    chosen, prepared, theta_BN, gamma_BM = _prepared(
+    chosen, _, prepared, theta_BN, gamma_BM = _prepared(
         cost_BNM, theta_BN, gamma, eps=eps, max_iter=max_iter, tol=tol, solver=solver, relax=(relax_patch, relax_concept), check=check
     )
     settings = Settings(eps, max_iter, tol, relax_patch, relax_concept)
@@ -200,19 +202,18 @@ def _prepared(
     solver: Solver,
     relax: tuple[float | None, float | None],
     check: bool,
-) -> tuple[Solver, Tensor, Tensor, Tensor]:
+) -> tuple[Solver, Extent | None, Tensor, Tensor, Tensor]:
     """The solver to take, and what it takes: checked, batched, in one floating type (for Triton, a cost in half precision stays)."""
     theta_BN, gamma_BM = _batched(cost_BNM, theta_BN, gamma)
     _check_settings(eps=eps, max_iter=max_iter, tol=tol, relax_patch=relax[0], relax_concept=relax[1])
     balanced = relax == (None, None)
-    if check:
-        _check_values(cost_BNM, theta_BN, gamma_BM, balanced=balanced)
+    extent = _check_values(cost_BNM, theta_BN, gamma_BM, balanced=balanced) if check else None
     chosen = _chosen(solver, cost_BNM)
     dtype = torch.float64 if torch.float64 in (cost_BNM.dtype, theta_BN.dtype, gamma_BM.dtype) else torch.float32
     if chosen != "triton" or relax[0] == 0:
         cost_BNM = cost_BNM.to(dtype)
     theta_BN, gamma_BM = (_widened(mass, dtype, balanced=balanced) for mass in (theta_BN, gamma_BM))
-    return chosen, cost_BNM, theta_BN, gamma_BM
+    return chosen, extent, cost_BNM, theta_BN, gamma_BM
 
 
 def _full_precision(device: str) -> AbstractContextManager[object]:
@@ -259,6 +260,7 @@ def _solve(
     gradient: Gradient,
     accelerate: bool,
     check: bool,
+    extent: Extent | None,
 ) -> TransportPlan:
     differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in (cost_BNM, theta_BN, gamma_BM))
     accelerate = accelerate and settings.tol is not None
@@ -268,7 +270,7 @@ def _solve(
             return solve_exported(cost, theta, gamma, settings, tol=settings.tol, accelerate=accelerate)
     if _leaves_solvers and _untraced is not None and solver != "triton" and torch.compiler.is_compiling():
         settled = {"solver": solver, "gradient": gradient, "accelerate": accelerate, "check": check}
-        return _untraced(cost_BNM, theta_BN, gamma_BM, settings, **settled)
+        return _untraced(cost_BNM, theta_BN, gamma_BM, settings, extent=extent, **settled)
     if exporting() if solver == "triton" else torch.compiler.is_compiling():
         # Unrolled, a traced program cannot look at values.
         return solve_unrolled(cost_BNM.to(theta_BN.dtype), theta_BN, gamma_BM, settings._replace(tol=None))
@@ -284,7 +286,7 @@ def _solve(
     with torch.no_grad():
         cost, theta, gamma = cost_BNM.detach(), theta_BN.detach(), gamma_BM.detach()
         if solver == "torch":
-            found = solve_torch(cost, theta, gamma, settings, accelerate=accelerate)
+            found = solve_torch(cost, theta, gamma, settings, accelerate=accelerate, extent=extent)
         else:
             found = _unrolled(cost, theta, gamma, settings, solver=solver)
     if not differentiate:
@@ -359,12 +361,12 @@ def _check_settings(*, eps: float, max_iter: int, tol: float | None, relax_patch
         raise ValueError(f"relax_patch is {relax_patch} and relax_concept {relax_concept}; only the patches can be free, and then alone")
 
 
-def _check_values(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, *, balanced: bool) -> None:
-    # One pass; only where a sum is not finite is it worth three to see whether an element is the reason.
-    bad_B = ~cost_BNM.detach().sum((1, 2), dtype=torch.promote_types(cost_BNM.dtype, torch.float32)).isfinite()
-    if bad_B.any():
+def _check_values(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, *, balanced: bool) -> Extent:
+    """The least and the largest cost."""
+    # One pass, as either is NaN where an element is; only then is it worth another to see whose.
+    least, most = torch.stack(cost_BNM.detach().aminmax()).tolist() if len(cost_BNM) else (0.0, 0.0)
+    if not (math.isfinite(least) and math.isfinite(most)):
         bad_B = ~cost_BNM.detach().isfinite().flatten(1).all(1)
-    if bad_B.any():
         raise ValueError(f"the cost of picture {_first(bad_B)} of the batch holds NaN or infinite values; look at that picture's features")
     for name, mass in (("theta", theta_BN.detach()), ("gamma", gamma_BM.detach())):
         bad_B = ~((mass >= 0) & mass.isfinite()).all(1)
@@ -379,6 +381,7 @@ def _check_values(cost_BNM: Tensor, theta_BN: Tensor, gamma_BM: Tensor, *, balan
             else:
                 message = f"sums to {total_B[i]:.6g}; it must hold some mass"
             raise ValueError(f"{name} of picture {i} of the batch {message}")
+    return least, most
 
 
 def _widened(mass: Tensor, dtype: torch.dtype, *, balanced: bool) -> Tensor:

@@ -103,6 +103,15 @@ def test_mass_that_only_the_smallest_number_can_carry():
     assert cost.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("offset", [0.0, -3.0, 50.0])
+def test_looking_at_values_does_not_change_them(offset):
+    cost, theta, gamma = problem()
+    cost[1] += offset
+    looked, blind = (sinkhorn(cost, theta, gamma, eps=0.05, solver="torch", check=check) for check in (True, False))
+    for name, value in vars(looked).items():
+        assert torch.equal(value, vars(blind)[name]), name
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_cost_that_is_not_finite_names_the_picture(bad):
     cost, theta, gamma = problem(B=4)
