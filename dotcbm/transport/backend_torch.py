@@ -62,7 +62,7 @@ def solve_torch(
         residual += of_each
         num_iter += passes
         group.write(log_u_BN[rows], log_v_BM[rows])
-    return TransportPlan(plan_BNM, log_u_BN, log_v_BM, cost_BNM.new_tensor(residual), log_u_BN.new_tensor(num_iter, dtype=torch.int32))
+    return TransportPlan(plan_BNM, log_u_BN, log_v_BM, cost_BNM.new_tensor(residual), cost_BNM.new_tensor(num_iter, dtype=torch.int32))
 
 
 def groups_of(cost_BNM: Tensor, most_elements: int) -> list[slice]:

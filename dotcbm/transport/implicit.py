@@ -112,8 +112,8 @@ def _group(
     weighted_GNM = torch.addcmul(plan_GNM.new_zeros(()), plan_GNM, grad_GNM, value=-1 / eps, out=out_GNM)
     mean_GN = weighted_GNM.sum(2).mul_(-eps) * over_row_GN
     right_GM = torch.sub(weighted_GNM.sum(1).mul_(-eps), _rows_times(mean_GN, plan_GNM), alpha=power_u)
-    y_GM = _solve_schur(plan_GNM, over_row_GN, column_GM, right_GM, settings)
-    inner_GN = mean_GN - torch.bmm(y_GM[:, None], plan_GNM.transpose(1, 2))[:, 0] * over_row_GN
+    y_GM, of_rows_GN = _solve_schur(plan_GNM, over_row_GN, column_GM, right_GM, settings)
+    inner_GN = mean_GN - of_rows_GN
     weighted_GNM.addcmul_(plan_GNM, (power_u * inner_GN)[:, :, None], value=1 / eps).addcmul_(plan_GNM, y_GM[:, None], value=1 / eps)
     ratio_GN = torch.ones_like(row_GN) if power_u == 1 else row_GN / theta_GN.where(theta_GN > 0, 1.0)
     tiny_GN = small_GN & (theta_GN > 0)
@@ -131,12 +131,13 @@ def _rows_times(a_GN: Tensor, matrix_GNM: Tensor) -> Tensor:
     return torch.bmm(a_GN[:, None], matrix_GNM)[:, 0]
 
 
-def _solve_schur(plan_GNM: Tensor, over_row_GN: Tensor, column_GM: Tensor, right_GM: Tensor, settings: Settings) -> Tensor:
-    """(G, M) y of (diag(c) / p_v - p_u S^T diag(r) S) y = right; 0 for a concept without mass."""
+def _solve_schur(plan_GNM: Tensor, over_row_GN: Tensor, column_GM: Tensor, right_GM: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """(G, M) y of (diag(c) / p_v - p_u S^T diag(r) S) y = right, 0 for a concept without mass, and (G, N) S y."""
     present_GM = column_GM > 0
     scale_GM = torch.where(present_GM, column_GM.where(present_GM, 1.0).rsqrt(), 0.0)
     if column_GM.shape[1] <= _DIRECT:
-        return _direct(plan_GNM, over_row_GN, right_GM, scale_GM, settings)
+        y_GM = _direct(plan_GNM, over_row_GN, right_GM, scale_GM, settings)
+        return y_GM, torch.bmm(y_GM[:, None], plan_GNM.transpose(1, 2))[:, 0] * over_row_GN
     return _conjugate_gradients(plan_GNM, over_row_GN, right_GM, scale_GM, settings)
 
 
@@ -153,20 +154,25 @@ def _direct(plan_GNM: Tensor, over_row_GN: Tensor, right_GM: Tensor, scale_GM: T
     factor_GMM, failed_G = torch.linalg.cholesky_ex(matrix_GMM)
     solved_GM = torch.cholesky_solve((scale_GM * right_GM)[:, :, None], factor_GMM)[:, :, 0]
     if bool((failed_G > 0).any()):  # concepts that no patch tells apart: singular to rounding
-        rest_GM = _conjugate_gradients(plan_GNM, over_row_GN, right_GM, scale_GM, settings)
+        rest_GM, _ = _conjugate_gradients(plan_GNM, over_row_GN, right_GM, scale_GM, settings)
         return torch.where((failed_G > 0)[:, None], rest_GM, scale_GM * solved_GM)
     return scale_GM * solved_GM
 
 
-def _conjugate_gradients(plan_GNM: Tensor, over_row_GN: Tensor, right_GM: Tensor, scale_GM: Tensor, settings: Settings) -> Tensor:
-    """On the matrix scaled to a unit diagonal of c, each picture until its residual has fallen by `adjoint_tolerance` (float64: 1e-13)."""
+def _conjugate_gradients(
+    plan_GNM: Tensor, over_row_GN: Tensor, right_GM: Tensor, scale_GM: Tensor, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """y and S y, which is the sum of what S made of the directions.
+
+    On the matrix scaled to a unit diagonal of c, each picture until its residual has fallen by `adjoint_tolerance` (float64: 1e-13).
+    """
     power_u, power_v = settings.powers
     tolerance = _TOLERANCE_FLOAT64 if right_GM.dtype == torch.float64 else settings.adjoint_tolerance
     flat = _FLAT[right_GM.dtype]
     # Rows, as products want them: for few pictures a step's time is the number of its calls.
     plan_GMN, over_row_G1N, scale_G1M = plan_GNM.transpose(1, 2), over_row_GN[:, None], scale_GM[:, None]
     residual_G1M = scale_G1M * right_GM[:, None]
-    solved_G1M, direction_G1M = torch.zeros_like(residual_G1M), residual_G1M
+    solved_G1M, direction_G1M, of_rows_G1N = torch.zeros_like(residual_G1M), residual_G1M, torch.zeros_like(over_row_G1N)
     square_G11 = _squares(residual_G1M)
     zero = square_G11.new_zeros(())  # a number would be made a tensor in every call
     enough_G11 = square_G11 * tolerance**2
@@ -181,13 +187,14 @@ def _conjugate_gradients(plan_GNM: Tensor, over_row_GN: Tensor, right_GM: Tensor
         bent_G11 = open_G11 & (curvature_G11 > flat * _squares(direction_G1M))
         length_G11 = torch.where(bent_G11, square_G11 / curvature_G11, zero)
         solved_G1M.addcmul_(length_G11, direction_G1M)
+        of_rows_G1N.addcmul_(length_G11, forward_G1N)
         residual_G1M = torch.addcmul(residual_G1M, length_G11, image_G1M, value=-1)
         new_G11 = _squares(residual_G1M)
         # A picture that is done stays as it is: its direction would grow without bound.
         turn_G11 = torch.where(bent_G11, new_G11 / square_G11, zero)
         direction_G1M = torch.addcmul(residual_G1M, turn_G11, direction_G1M)
         square_G11 = torch.where(bent_G11, new_G11, zero)
-    return (scale_G1M * solved_G1M)[:, 0]
+    return (scale_G1M * solved_G1M)[:, 0], of_rows_G1N[:, 0]
 
 
 def _squares(x_G1M: Tensor) -> Tensor:
