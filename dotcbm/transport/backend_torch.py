@@ -54,15 +54,12 @@ def solve_torch(
         cost_BNM.new_empty(B, N),
         cost_BNM.new_empty(B, M),
     )
-    residual: list[float] = []
-    num_iter: list[int] = []
+    residual_B, num_iter_B = cost_BNM.new_empty(B), torch.zeros(B, dtype=torch.int32, device=cost_BNM.device)
     for rows in groups_of(cost_BNM, _GROUP_ELEMENTS):
         group = _Group(cost_BNM[rows], theta_BN[rows], gamma_BM[rows], plan_BNM[rows], settings, extent)
-        of_each, passes = group.solve(max_iter=settings.max_iter, tol=settings.tol, accelerate=accelerate)
-        residual += of_each
-        num_iter += passes
+        residual_B[rows], num_iter_B[rows] = group.solve(max_iter=settings.max_iter, tol=settings.tol, accelerate=accelerate)
         group.write(log_u_BN[rows], log_v_BM[rows])
-    return TransportPlan(plan_BNM, log_u_BN, log_v_BM, cost_BNM.new_tensor(residual), cost_BNM.new_tensor(num_iter, dtype=torch.int32))
+    return TransportPlan(plan_BNM, log_u_BN, log_v_BM, residual_B, num_iter_B)
 
 
 def groups_of(cost_BNM: Tensor, most_elements: int) -> list[slice]:
@@ -155,49 +152,46 @@ class _Group:
         """(G, 1, N) the potentials of the patches that belong to v."""
         return self.log_theta_G1N - self.power_u * (self.row_G1N.log() - self.u0_G1N)
 
-    def solve(self, *, max_iter: int, tol: float | None, accelerate: bool) -> tuple[list[float], list[int]]:
-        """Residual and number of iterations of each picture; leaves v and the scalings of the answer behind.
-
-        What is decided for each picture is decided in Python, on one list a pass: for few pictures a tensor's every call costs as much.
-        """
-        size, weights = len(self.cost_GNM), _weights(max_iter) if accelerate else ()
-        best_G1M = mapped_G1M = self.v_G1M
-        least, last = [math.inf] * size, [math.inf] * size
-        going, fast = [True] * size, [True] * size
-        since, num_iter = [0] * size, [0] * size
+    def solve(self, *, max_iter: int, tol: float | None, accelerate: bool) -> tuple[Tensor, Tensor]:
+        """(G,) residual and (G,) iterations made of each picture; leaves v and the scalings of the answer behind."""
+        size, v_G1M = len(self.cost_GNM), self.v_G1M
+        weight_I = _weights(max_iter, v_G1M.dtype, v_G1M.device) if accelerate else v_G1M
+        best_G1M, mapped_G1M = v_G1M, v_G1M
+        least_G11, last_G11 = (v_G1M.new_full((size, 1, 1), torch.inf) for _ in range(2))
+        fast_G11 = torch.ones(size, 1, 1, dtype=torch.bool, device=v_G1M.device)
+        open_G11, since_G11 = fast_G11, torch.zeros(size, 1, 1, dtype=torch.int64, device=v_G1M.device)
+        num_iter_G11, together, all_open = since_G11.int(), 0, True
         for _ in range(max_iter):
             new_G1M, residual_G11 = self._step()
-            residual = residual_G11.flatten().tolist()
-            num_iter = [n + on for n, on in zip(num_iter, going)]
-            worse = [not on or (accelerate and r >= low) for on, r, low in zip(going, residual, least)]
-            least = [low if kept else r for kept, r, low in zip(worse, residual, least)]
-            best_G1M = self._chosen(worse, best_G1M, self.v_G1M)
+            if all_open:
+                together += 1
+            else:
+                num_iter_G11 += open_G11
+            worse_G11 = residual_G11 >= least_G11 if accelerate else torch.zeros_like(open_G11)
+            if not all_open:
+                worse_G11 |= ~open_G11
+            best_G1M, least_G11 = torch.where(worse_G11, best_G1M, self.v_G1M), torch.where(worse_G11, least_G11, residual_G11)
             if tol is not None:
-                going = [r >= tol for r in least]
-                if not any(going):
+                open_G11 = least_G11 >= tol
+                num_open = int(open_G11.sum())
+                if not num_open:
                     break
+                all_open = num_open == size
             next_G1M = new_G1M
             if accelerate:
                 turn_G1M = new_G1M - mapped_G1M
-                against = (self.v_G1M - new_G1M).mul_(turn_G1M).mul_(self.gamma_G1M).sum(2).flatten().tolist()
-                fast = [(was and r <= SLOW * before) or r > before for was, r, before in zip(fast, residual, last)]
-                since = [0 if anew or turned > 0 else n for anew, turned, n in zip(fast, against, since)]
-                if any(since):
-                    weight_G = turn_G1M.new_tensor([weights[n] for n in since])
-                    next_G1M = torch.addcmul(new_G1M, weight_G[:, None, None], turn_G1M)
-                mapped_G1M, last, since = new_G1M, residual, [n + 1 for n in since]
+                against_G11 = (self.v_G1M - new_G1M).mul_(turn_G1M).mul_(self.gamma_G1M).sum(2, keepdim=True) > 0
+                ratio_G11 = residual_G11 / last_G11
+                fast_G11 = (fast_G11 & (ratio_G11 <= SLOW)) | (ratio_G11 > 1)
+                since_G11 = since_G11.masked_fill(fast_G11 | against_G11, 0)
+                next_G1M = torch.addcmul(new_G1M, weight_I.take(since_G11), turn_G1M)
+                mapped_G1M, last_G11, since_G11 = new_G1M, residual_G11, since_G11 + 1
             # A picture that is done stays where it is, so that the last iteration has everybody's answer.
-            self.v_G1M = self._chosen(going, next_G1M, best_G1M)
+            self.v_G1M = next_G1M if all_open else torch.where(open_G11, next_G1M, best_G1M)
         if not torch.equal(self.v_G1M, best_G1M):
             self.v_G1M = best_G1M
             self._step()
-        return least, num_iter
-
-    def _chosen(self, first: list[bool], one_G1M: Tensor, other_G1M: Tensor) -> Tensor:
-        """Of each picture the one or the other."""
-        if all(first) or not any(first):
-            return one_G1M if first[0] else other_G1M
-        return torch.where(one_G1M.new_tensor(first, dtype=torch.bool)[:, None, None], one_G1M, other_G1M)
+        return least_G11[:, 0, 0], num_iter_G11[:, 0, 0] + together
 
     def write(self, log_u_GN: Tensor, log_v_GM: Tensor) -> None:
         """Make K the plan, and put the potentials there."""
@@ -221,11 +215,11 @@ def _exponentials(cost_GNM: Tensor, least_G11: Tensor, *, eps: float, out_GNM: T
 
 
 @lru_cache(maxsize=16)
-def _weights(max_iter: int) -> tuple[float, ...]:
-    """Of the extrapolation, by the iterations since momentum started, of which the first has none: (t_i - 1) / t_(i + 1)."""
+def _weights(max_iter: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(max_iter,) of the extrapolation by the iterations since momentum started, of which the first has none: (t_i - 1) / t_(i + 1)."""
     weights, momentum = [], 1.0
     for _ in range(max_iter):
         following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
         weights.append((momentum - 1) / following)
         momentum = following
-    return tuple(weights)
+    return torch.tensor(weights, dtype=dtype, device=device)
