@@ -104,8 +104,7 @@ def _group(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of theta and gamma; that of the cost goes to out_GNM."""
     eps, (power_u, power_v) = settings.eps, settings.powers
-    # The last update is that of the patches, so that balanced rows sum to theta.
-    row_GN, column_GM = theta_GN if power_u == 1 else plan_GNM.sum(2), plan_GNM.sum(1)
+    row_GN, column_GM = plan_GNM.sum(2), plan_GNM.sum(1)
     small_GN = row_GN < _SMALL[row_GN.dtype]
     over_row_GN = torch.where(small_GN, 0.0, row_GN.reciprocal())
     # -plan * grad / eps, in one pass; its sums are small, and scaled back.

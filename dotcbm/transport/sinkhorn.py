@@ -78,7 +78,8 @@ def sinkhorn(
     """The entropic plan of every picture, differentiable with respect to cost, theta and gamma.
 
     The last update is that of the patches: rows meet theta (or, relaxed, their optimality condition) to rounding, and
-    `residual_B` is the violation of the columns. Computed in float32 at least, also for half precision and under autocast.
+    `residual_B` is the violation of the columns. With the solver "pot" it is that of the concepts, rows are as far off as it stopped,
+    and `residual_B` is the violation of both. Computed in float32 at least, also for half precision and under autocast.
     A patch or concept with a marginal of exactly zero is not there: its row or column of the plan and all its gradients are
     zero.
 
