@@ -121,8 +121,17 @@ def sinkhorn(
         return _free_patches(cost_BNM, theta_BN, gamma_BM, eps=eps)
     settings = Settings(eps, max_iter, tol, relax_patch, relax_concept)
     with _full_precision(cost_BNM.device.type):
-        how = {"solver": chosen, "gradient": gradient, "accelerate": accelerate, "check": check}
-        result = _solve(cost_BNM, theta_BN, gamma_BM, settings, extent=extent, **how)
+        result = _solve(
+            cost_BNM,
+            theta_BN,
+            gamma_BM,
+            settings,
+            solver=chosen,
+            gradient=gradient,
+            accelerate=accelerate,
+            check=check,
+            extent=extent,
+        )
     if check and tol is not None:
         _warn_of_residual(result.residual_B, eps=eps, tol=tol, max_iter=max_iter)
     return result
@@ -270,8 +279,8 @@ def _solve(
             cost, theta, gamma = cost_BNM.detach().to(theta_BN.dtype), theta_BN.detach(), gamma_BM.detach()
             return solve_exported(cost, theta, gamma, settings, tol=settings.tol, accelerate=accelerate)
     if _leaves_solvers and _untraced is not None and solver != "triton" and torch.compiler.is_compiling():
-        settled = {"solver": solver, "gradient": gradient, "accelerate": accelerate, "check": check}
-        return _untraced(cost_BNM, theta_BN, gamma_BM, settings, extent=extent, **settled)
+        settled = {"solver": solver, "gradient": gradient, "accelerate": accelerate, "check": check, "extent": extent}
+        return _untraced(cost_BNM, theta_BN, gamma_BM, settings, **settled)
     if exporting() if solver == "triton" else torch.compiler.is_compiling():
         # Unrolled, a traced program cannot look at values.
         return solve_unrolled(cost_BNM.to(theta_BN.dtype), theta_BN, gamma_BM, settings._replace(tol=None))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,9 +28,10 @@ def results(tmp_path_factory: pytest.TempPathFactory, accelerator: str) -> Path:
     """A folder with what two processes made of each kind."""
     folder = tmp_path_factory.mktemp("parallel")
     command = [sys.executable, str(Path(__file__).with_name("parallel_run.py")), str(folder), accelerator]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pair = [
-        subprocess.Popen([*command, str(rank), *KINDS, "half", "odd"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        subprocess.Popen(
+            [*command, str(rank), *KINDS, "half", "odd"], env=environment(accelerator), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         for rank in (0, 1)
     ]
     try:

@@ -26,10 +26,10 @@ def weights(folder: Path, name: str = "model.ckpt") -> dict[str, torch.Tensor]:
 def assert_close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], accelerator: str) -> None:
     """AdamW enlarges the last digits of small gradients, so a few weights may move by a step.
 
-    Rounding alone, in products of half as many pictures, makes up to 3e-5 on some processors, 1.5e-4 on others and 7e-4 on an H200 (where
-    one process is up to 8e-4 from what it is on a processor); balance over one process's pictures, half the weight of the loss or twice
-    the step of the biases make 7e-4 to 1.5e-2. So it is on a processor that balance is judged, and on GPUs that nothing is forgotten on
-    the way.
+    Rounding alone, in products of half as many pictures, makes up to 3e-5 on some processors and 1.5e-4 on others; on two H200 7e-4 was
+    seen, and one process there is up to 8e-4 from one on a processor. Balance over one process's pictures, half the weight of the loss
+    or twice the step of the biases make 7e-4 to 1.5e-2. So it is on a processor that balance is judged, and on GPUs that nothing is
+    forgotten on the way.
     """
     assert one.keys() == two.keys()
     for key, value in one.items():
